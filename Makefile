@@ -1,0 +1,39 @@
+# make demo    the main job on the embedded default: pretrain, adapt by four methods, table and picture
+# make test    the whole test suite
+# make lint    style and types
+PYTHON ?= python3
+VENV   ?= .venv
+# The versions that CI tested; they bind on CI's Python only. `make demo CONSTRAINTS=` takes the newest.
+CONSTRAINTS ?= constraints.txt
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint constraints clean
+
+demo: $(INSTALLED)
+	$(BIN)/python profiling/compare.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Made once, and again when the project's own files change.
+$(INSTALLED): setup.cfg pyproject.toml $(wildcard $(CONSTRAINTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev,report]'
+	@touch $@
+
+# After a green CI on newer versions.
+constraints: $(INSTALLED)
+	$(BIN)/python tests/freeze.py > constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

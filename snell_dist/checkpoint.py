@@ -1,0 +1,122 @@
+"""Two kinds of file. A training checkpoint resumes a run; an adapter file is taken away from it.
+
+A training checkpoint holds what trains and its optimizer state, keyed `model/<name>` and
+`optimizer/<name>/<state>`, whatever engine wrote it. The learning rate, the randomness and the place in
+the data are functions of the step. It appears under its name by one rename, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snell_dist import dist
+from snell_dist.backbones import read_tensors
+from snell_dist.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from snell_dist.backbones import Backbone
+    from snell_dist.engines import Engine
+    from snell_dist.methods import Method
+
+ADAPTER = "adapter.safetensors"
+FORMAT = "snell_dist adapter 1"
+
+
+def save(folder: Path, engine: Engine, step: int, keep: int) -> None:
+    """Writes `checkpoints/step_N`, N steps done, then removes all but the newest `keep`."""
+    state = engine.state()
+    if dist.rank() == 0:
+        parent = folder / "checkpoints"
+        temporary, final = parent / f".tmp_step_{step:08d}", parent / f"step_{step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / "state.safetensors", state, {"step": str(step)})
+        _sync(temporary)
+        if final.exists():  # the same step, written again after a resume from before it
+            shutil.rmtree(final)
+        temporary.replace(final)
+        _sync(parent)
+        for old in _finished(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def resume(folder: Path, engine: Engine) -> int:
+    """Loads the newest checkpoint, if there is one. Returns the number of steps done."""
+    done = _finished(folder)
+    if not done:
+        return 0
+    engine.load_state(read_tensors(done[-1] / "state.safetensors"))
+    return int(done[-1].name.removeprefix("step_"))
+
+
+def save_adapter(file: Path, model: nn.Module, names: Iterable[str], backbone: Backbone, method: Method, classes: list[str]) -> None:
+    """The trained tensors and what they belong to: the base's name and hash, the method, the class names."""
+    tensors = {name: p.detach() for name, p in model.named_parameters() if name in set(names)}
+    metadata = {
+        "format": FORMAT,
+        "base": backbone.name,
+        "base_sha256": backbone.fingerprint,
+        "method": method.model_dump_json(),
+        "classes": json.dumps(classes),
+    }
+    write_tensors(file, tensors, metadata)
+
+
+def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -> None:
+    """Copies an adapter file into a model that the same method has adapted, in place.
+
+    Raises UserError where the file is damaged, is not an adapter, fits another model, or (with
+    `base_sha256`, see `backbones.fingerprint`) was trained on other base weights.
+    """
+    tensors, metadata = read_tensors(file), read_metadata(file)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{file}: not an adapter file of this version (format {metadata.get('format')!r}, not {FORMAT!r})")
+    if base_sha256 is not None and metadata["base_sha256"] != base_sha256:
+        raise UserError(
+            f"{file}: was trained on {metadata['base']} with weights {metadata['base_sha256'][:12]}, not {base_sha256[:12]}"
+        )
+    mine = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in mine or mine[name].shape != tensor.shape:
+            raise UserError(f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or absent, on the disk when this returns."""
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(f".{file.name}.tmp")
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+    _sync(temporary)
+    temporary.replace(file)
+
+
+def _finished(folder: Path) -> list[Path]:
+    found = (folder / "checkpoints").glob("step_*")
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""The command `snell`. Exit status: 0 done, 2 bad input, 75 interrupted and saved (try again with --resume)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from snell_dist.config import CONFIGS, UserError
+
+BAD_INPUT, INTERRUPTED = 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; every mistake of the user is one line on standard error."""
+    # What C++ libraries write to the terminal by themselves is noise here; set these to hear it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    args = _parse(arguments)
+    try:
+        return args.command(args)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"snell: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("snell: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `snell config show demo | head`
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere after the configuration, between options too."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="snell", description="Fine-tune large vision models by SNELL.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a configuration", description="Train a configuration.")
+    _takes_config(train)
+    train.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
+    train.add_argument("--folder", type=Path, help="this run folder instead of a new numbered one")
+    train.add_argument("--resume", action="store_true", help="continue the newest run of this configuration, or --folder")
+    train.set_defaults(command=_train)
+
+    config = commands.add_parser("config", help="list, show, copy and describe configurations")
+    verbs = config.add_subparsers(required=True, metavar="ls|show|cp|schema")
+    verbs.add_parser("ls", help="the configurations that come with the package").set_defaults(command=_config_ls)
+    show = verbs.add_parser("show", help="a configuration, resolved: every key with its value")
+    _takes_config(show)
+    show.set_defaults(command=_config_show)
+    copy = verbs.add_parser("cp", help="copy a shipped configuration, to change it")
+    copy.add_argument("name")
+    copy.add_argument("target", type=Path, nargs="?", default=Path("."), help="a file or a folder (default: here)")
+    copy.set_defaults(command=_config_cp)
+    verbs.add_parser("schema", help="the JSON schema, for editors").set_defaults(command=_config_schema)
+    return parser
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration (snell config ls)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as method.rank=8")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.train import Run
+
+    loaded = load(args.config, args.overrides, Run)
+    from snell_dist import dist, log
+    from snell_dist.train import run
+
+    log.set_up()
+    outcome = run(loaded, args.out, args.resume, args.folder)
+    again = shlex.join(["snell", "train", args.config, *args.overrides, "--resume", "--folder", str(outcome.folder)])
+    if outcome.interrupted:
+        log.info(f"interrupted and saved; continue with: {again}")
+        return INTERRUPTED
+    if dist.rank() == 0:
+        said = outcome.summary
+        print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images  {outcome.folder}")
+    return 0
+
+
+def _config_ls(args: argparse.Namespace) -> int:
+    from snell_dist.config import shipped
+
+    names = shipped()
+    width = max(map(len, names))
+    for name in names:
+        about = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+        print(f"{name:{width}}  {about[1].removeprefix('# ') if len(about) > 1 else ''}".rstrip())
+    return 0
+
+
+def _config_show(args: argparse.Namespace) -> int:
+    import yaml
+
+    from snell_dist.config import load
+    from snell_dist.train import Run
+
+    print(yaml.safe_dump(load(args.config, args.overrides, Run).config.model_dump(), sort_keys=False), end="")
+    return 0
+
+
+def _config_cp(args: argparse.Namespace) -> int:
+    from snell_dist.config import nearest, shipped
+
+    if args.name not in shipped():
+        raise UserError(f"config cp: {args.name!r}: no such shipped configuration{nearest(args.name, shipped())}")
+    source = CONFIGS / f"{args.name}.yaml"
+    target = args.target / source.name if args.target.is_dir() else args.target
+    try:
+        with target.open("x", encoding="utf-8") as stream:
+            stream.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"config cp: {target}: exists and stays as it is; name another file") from None
+    except OSError as error:
+        raise UserError(f"config cp: {target}: cannot be written: {error.strerror}") from None
+    print(target)
+    return 0
+
+
+def _config_schema(args: argparse.Namespace) -> int:
+    import json
+
+    from snell_dist.config import full_schema
+    from snell_dist.train import Run
+
+    print(json.dumps(full_schema(Run), indent=2))
+    return 0
+
+
+def _version() -> str:
+    from snell_dist import __version__
+
+    return f"snell {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Ranks, devices, randomness and signals: what a process knows of itself and of the others.
+
+One process is the group of size one: every function here works without a launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from snell_dist.config import ConfigError, Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the best there is; otherwise the named one. ConfigError where this machine lacks it."""
+    import torch
+
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if name == "auto":
+        name = present[0]
+    if name not in present:
+        raise ConfigError(Problem("train.device", f"this machine has none (present: {', '.join(present)})", name))
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the launcher's process group, if there is one, and leaves it at the end."""
+    import torch.distributed as torch_dist
+
+    if world_size() == 1:
+        yield
+        return
+    try:
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"launcher: {str(error).splitlines()[0]} (start with torchrun, or unset WORLD_SIZE)") from None
+    try:
+        yield
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        import torch.distributed as torch_dist
+
+        torch_dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as torch_dist
+
+    box = [value]
+    torch_dist.broadcast_object_list(box)
+    return box[0]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if world_size() > 1:
+        import torch.distributed as torch_dist
+
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def seed_everything(*numbers: int) -> None:
+    """Makes every generator a function of these numbers.
+
+    A step seeds with (seed, step, rank), so randomness is no state: a resumed run draws what the
+    uninterrupted one drew, with nothing to save.
+    """
+    import numpy as np
+    import torch
+
+    state = np.random.SeedSequence(numbers).generate_state(2)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+    np.random.seed(state[0])
+    random.seed(int(state[1]))
+
+
+class StopRequest:
+    """Remembers SIGTERM and Ctrl-C until the end of the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer, after the same step."""
+        if world_size() == 1:
+            return self.received is not None
+        import torch
+
+        return bool(sum_over_ranks(torch.tensor(int(self.received is not None), device=device)))

@@ -1,0 +1,134 @@
+"""What a run says: messages to the terminal and to the run's log, metrics to a file, progress where someone looks.
+
+One process speaks: rank 0. A terminal gets rich's progress bar, a pipe gets plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snell_dist import dist
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snell_dist.observe import Moment
+
+LOGGER = logging.getLogger("snell_dist")
+
+
+def console() -> Console:
+    """Standard error: standard output belongs to what a command was asked for."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def set_up(file: Path | None = None) -> None:
+    """Sends messages of rank 0 to the terminal and, if named, to the end of a file; other ranks only warn."""
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
+    handlers: list[logging.Handler] = []
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        handlers.append(RichHandler(console=_shared_console(), show_level=False, show_path=False, rich_tracebacks=False))
+    else:
+        handlers.append(logging.StreamHandler())
+    if file is not None and dist.rank() == 0:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for handler in handlers:
+        LOGGER.addHandler(handler)
+
+
+def info(message: str) -> None:
+    LOGGER.info(message)
+
+
+def warn(message: str) -> None:
+    LOGGER.warning(message)
+
+
+_CONSOLE: list[Any] = []
+
+
+def _shared_console() -> Console:
+    """One console for messages and the progress bar, so that neither writes into the other."""
+    if not _CONSOLE:
+        _CONSOLE.append(console())
+    return _CONSOLE[0]
+
+
+class MetricsFile:
+    """Observer: one JSON line a record in metrics.jsonl. Lines of steps that a resumed run repeats are dropped."""
+
+    def __init__(self, file: Path, start: int) -> None:
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) < start]
+            file.write_text("".join(f"{line}\n" for line in kept))
+        self._stream = file.open("a", buffering=1)
+
+    def on_step(self, moment: Moment) -> None:
+        if moment.metrics:
+            self._stream.write(json.dumps({"step": moment.step, **moment.metrics}) + "\n")
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        self._stream.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line that a crash cut off
+        return float("inf")
+
+
+class Progress:
+    """Observer: rate, time left, loss and memory; a bar on a terminal, plain lines in a pipe."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        self._steps, self._start, self._begin = steps, start, time.perf_counter()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+            self._bar = Bar(*columns, console=_shared_console(), transient=True)
+            self._task = self._bar.add_task("", total=steps, completed=start)
+            self._bar.start()
+
+    def on_step(self, moment: Moment) -> None:
+        done, said = moment.step + 1, moment.metrics
+        rate = (done - self._start) / (time.perf_counter() - self._begin)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        parts = [f"{_LABELS[key][0]} {said[key]:{_LABELS[key][1]}}" for key in _LABELS if key in said]
+        if not parts:
+            return
+        line = "  ".join([*parts, f"{rate:.1f} steps/s"])
+        if self._bar is not None:
+            self._bar.update(self._task, description=line)
+        else:
+            left = (self._steps - done) / rate
+            info(f"step {done}/{self._steps}  {line}  {left:.0f} s left")
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+_LABELS = {
+    "loss": ("loss", ".4f"),
+    "val_accuracy": ("val accuracy", ".4f"),
+    "lr": ("lr", ".1e"),
+    "grad_norm": ("grad norm", ".2f"),
+    "peak_memory_mib": ("peak MiB", ".0f"),
+}

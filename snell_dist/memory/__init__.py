@@ -1,0 +1,1 @@
+"""The instrument: where the bytes of a training step are."""

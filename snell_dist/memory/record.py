@@ -1,0 +1,73 @@
+"""Peak memory of training, measured: CUDA's allocator counts it; on the CPU torch's profiler does.
+
+The CPU figure is that of tensors (weights, gradients, optimizer state, activations, temporaries), in one
+step, the third, when optimizer state exists. It leaves out the interpreter and the libraries' own memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from snell_dist.engines import Engine
+    from snell_dist.observe import Moment
+
+MIB = 2**20
+RECORDED_STEP = 2
+
+
+class PeakMemory:
+    """Observer: adds `peak_memory_mib` to the summary (None where the device cannot tell)."""
+
+    def __init__(self, engine: Engine, start: int) -> None:
+        self._engine, self._before = engine, start + RECORDED_STEP - 1
+        self._profiler: Any = None
+        self.peak_mib: float | None = None
+
+    def on_step(self, moment: Moment) -> None:
+        kind = self._engine.device.type
+        if kind == "cuda":
+            import torch
+
+            self.peak_mib = torch.cuda.max_memory_allocated() / MIB
+        elif kind == "cpu":
+            if self._profiler is not None:
+                self._profiler.__exit__(None, None, None)
+                self.peak_mib = (self._held + peak_of(self._profiler)) / MIB
+                self._profiler = None
+            if moment.step == self._before:
+                self._held = held_bytes(self._engine)
+                self._profiler = _memory_profiler()
+                self._profiler.__enter__()
+
+    def on_end(self, summary: dict[str, Any]) -> None:
+        if self._profiler is not None:  # the run ended inside the recorded step
+            self._profiler.__exit__(None, None, None)
+            self._profiler = None
+        summary["peak_memory_mib"] = self.peak_mib
+
+
+def held_bytes(engine: Engine) -> int:
+    """Bytes that stay between steps: parameters, buffers and optimizer state (gradients are cleared)."""
+    tensors = [*engine.model.parameters(), *engine.model.buffers()]
+    tensors += [value for key, value in engine.state().items() if key.startswith("optimizer/")]
+    return sum(storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values())
+
+
+def peak_of(profiler: torch.profiler.profile) -> int:
+    """The highest sum of CPU bytes allocated and freed while the profiler ran."""
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_index() == -1]
+    live = peak = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def _memory_profiler() -> torch.profiler.profile:
+    import torch
+
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)

@@ -1,0 +1,182 @@
+"""The folder that explains a run: what ran, on what, with which result; never overwritten.
+
+    runs/<config>/<number>/
+        config.yaml      resolved: every key with the value that was in force
+        run.json         exact command, versions, git commit, host, seeds; one entry an attempt
+        metrics.jsonl    train.log
+        checkpoints/     step_000200/, to resume from
+        adapter.safetensors   what was trained, to take away
+        summary.json     written last: a folder that has it is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from snell_dist import dist
+from snell_dist.config import PACKAGE, Section, UserError
+
+PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors", "pydantic")
+
+
+def choose(out: Path, name: str, config: Section, resume: bool, folder: Path | None) -> Path | None:
+    """The existing folder to continue in, or None for a new one. UserError where the wishes do not fit what is there."""
+    if folder is None:
+        found = newest(out, name, config) if resume else None
+        if resume and found is None:
+            raise UserError(f"--resume: {out / name} has no run of this configuration; start one without --resume")
+        return found
+    if not folder.exists():
+        if resume:
+            raise UserError(f"--resume: {folder}: no such run folder")
+        return None
+    if not resume:
+        raise UserError(f"{folder}: exists; continue there with --resume, or name another folder")
+    different = differences(folder, config)
+    if different:
+        raise UserError(f"{folder}: was made by another configuration (they differ in {', '.join(different)})")
+    return folder
+
+
+def create(out: Path, name: str, config: Section, folder: Path | None = None) -> Path:
+    """The named folder, or a new numbered one, safe against other runs that start at the same time."""
+    parent = out / name if folder is None else folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            folder = _number(parent)
+        else:
+            folder.mkdir()
+        write_atomic(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"{folder or parent}: cannot make a run folder there: {error.strerror}") from None
+    return folder
+
+
+def _number(parent: Path) -> Path:
+    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (parent / f"{number:03d}").mkdir()
+            return parent / f"{number:03d}"
+        except FileExistsError:
+            continue
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run; the lock ends with the process, however it ends."""
+    import fcntl
+
+    if dist.rank() != 0:
+        yield
+        return
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there") from None
+        yield
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Last of all: it marks the run as complete."""
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2))
+
+
+def newest(out: Path, name: str, config: Section) -> Path | None:
+    """The newest run of exactly this configuration."""
+    parent = out / name
+    folders = sorted((p for p in parent.glob("*") if p.name.isdigit()), key=lambda p: -int(p.name)) if parent.is_dir() else []
+    return next((folder for folder in folders if not differences(folder, config)), None)
+
+
+def differences(folder: Path, config: Section) -> list[str]:
+    """Dotted keys whose values in the folder's configuration are not this one's."""
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run folder (it has no config.yaml)") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
+    return sorted({key for key, _ in _flat(stored).items() ^ _flat(config.model_dump()).items()})
+
+
+def record_attempt(folder: Path, seed: int, device: str) -> None:
+    """Adds this start of the run to run.json."""
+    file = folder / "run.json"
+    attempts = json.loads(file.read_text()) if file.exists() else []
+    attempts.append(
+        {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "folder": os.getcwd(),
+            "host": platform.node(),
+            "device": device,
+            "cpu_count": os.cpu_count(),
+            "world_size": dist.world_size(),
+            "seed": seed,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {name: _version(name) for name in PACKAGES},
+            "git": _git_commit(),
+        }
+    )
+    write_atomic(file, json.dumps(attempts, indent=2))
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """The whole new text or the old one, whatever happens meanwhile."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, str]:
+    if not isinstance(tree, dict):
+        return {key: repr(tree)}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with `-dirty` where files differ; None for an installed package."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,249 @@
+"""Training: the run's configuration, and the loop."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from snell_dist import dist, log, optim, run_folder
+from snell_dist.backbones import BackboneSection
+from snell_dist.config import ConfigError, Loaded, Plugin, Section, UserError, load
+from snell_dist.data import DataSection, micro_batches
+from snell_dist.engines import EngineSection
+from snell_dist.methods import Method
+from snell_dist.observe import Moment, Observer, StepTimer
+from snell_dist.optim import Optim
+from snell_dist.remat import Remat
+
+if TYPE_CHECKING:
+    import torch
+
+    from snell_dist.build import Built
+
+
+class Train(Section):
+    steps: int = Field(ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    log_every: int = Field(10, ge=1, description="steps")
+    eval_every: int | None = Field(None, ge=1, description="steps between looks at the validation images; null: only at the end")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+
+
+class Run(Section):
+    """One training run. Every section's schema is in the file that it configures."""
+
+    backbone: Annotated[BackboneSection, Plugin("backbones")]
+    method: Annotated[Method, Plugin("methods")]
+    data: Annotated[DataSection, Plugin("data")]
+    engine: Annotated[EngineSection, Plugin("engines", default="ddp")]
+    remat: Remat = Remat()
+    optim: Optim = Optim()
+    train: Train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left. `interrupted`: it was asked to stop, saved, and can be resumed."""
+
+    folder: Path
+    interrupted: bool
+    summary: dict[str, Any]
+
+
+def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | None = None) -> Outcome:
+    """Trains a configuration in a folder of its own under `out`, or in `folder`; with `resume`, continues there.
+
+    Raises ConfigError (with the lines of the keys) or UserError before anything is written.
+    """
+    device = dist.pick_device(loaded.config.train.device)
+    with dist.process_group(device):
+        return _run(loaded, out, resume, folder, device, ())
+
+
+def _run(
+    loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
+) -> Outcome:
+    from snell_dist.build import build, say
+
+    config = loaded.config
+    place = run_folder.choose(out, loaded.name, config, resume, folder) if dist.rank() == 0 else None
+    place = dist.broadcast_object(place)
+    if place is not None and run_folder.is_complete(place):
+        log.info(f"{place} is complete, nothing to do")
+        return Outcome(place, False, run_folder.read_summary(place))
+    weights = _weights(config, out, device, (*above, loaded.name))
+    try:
+        built = build(config, weights, device)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+    if dist.rank() == 0:
+        place = place or run_folder.create(out, loaded.name, config, folder)
+    place = dist.broadcast_object(place)
+    with run_folder.lock(place):
+        log.set_up(place / "train.log")
+        log.info(f"run folder {place}")
+        say(config, built, device)
+        if dist.rank() == 0:
+            run_folder.record_attempt(place, config.train.seed, str(device))
+        return train(config, place, built, device)
+
+
+def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...]) -> str | None:
+    """The backbone's weights as it can load them: `config:NAME` becomes a file, trained first where there is none."""
+    weights = config.backbone.weights
+    if weights is None or not weights.startswith("config:"):
+        return weights
+    from snell_dist.checkpoint import ADAPTER
+
+    base = load(weights.removeprefix("config:"), [], Run)
+    if base.name in above:
+        raise UserError(f"backbone.weights = {weights!r}: the configurations start from each other in a circle")
+    place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
+    place = dist.broadcast_object(place)
+    if place is None or not run_folder.is_complete(place):
+        log.info(f"the base {weights} is not trained yet: training it first")
+        outcome = _run(base, out, place is not None, place, device, above)
+        if outcome.interrupted:
+            raise Interrupted(outcome)
+        place = outcome.folder
+    return str(place / ADAPTER)
+
+
+def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
+    """Trains in a run folder, from its newest checkpoint if it has one, to the end or to a request to stop."""
+    from snell_dist import checkpoint
+
+    start = checkpoint.resume(folder, built.engine)
+    if start:
+        log.info(f"resumed after step {start} of {config.train.steps}")
+    timer, summary = StepTimer(device), {}
+    with ExitStack() as stack:
+        stop = stack.enter_context(dist.StopRequest().listening())
+        observers = _observers(config, folder, built, start)
+        for observer in observers:
+            stack.callback(observer.on_end, summary)
+        done = loop(config, folder, built, start, observers, timer, stop)
+    if done < config.train.steps:
+        return Outcome(folder, interrupted=True, summary=summary)
+    summary |= _results(config, built, timer)
+    _finish(config, folder, built, summary)
+    return Outcome(folder, interrupted=False, summary=summary)
+
+
+def loop(
+    config: Run,
+    folder: Path,
+    built: Built,
+    start: int,
+    observers: list[Observer],
+    timer: StepTimer,
+    stop: dist.StopRequest,
+) -> int:
+    """The training steps from `start` on. Returns the number of steps done."""
+    from torch.nn.functional import cross_entropy
+
+    from snell_dist import checkpoint
+    from snell_dist.data import PADDING
+    from snell_dist.evaluate import evaluate
+
+    cfg, engine, splits = config.train, built.engine, built.splits
+    engine.model.train()
+    for step in range(start, cfg.steps):
+        # one step: images [B, C, H, W], the mean loss over the whole batch, one update
+        timer.start()
+        dist.seed_everything(cfg.seed, step, dist.rank())
+        loss = 0.0
+        for batch in engine.accumulate(micro_batches(splits.train, config.data, step, cfg.seed)):
+            logits = engine.forward(batch.images)
+            share = cross_entropy(logits, batch.labels, ignore_index=PADDING, reduction="sum") / batch.total
+            engine.backward(share * dist.world_size())  # engines average over ranks
+            loss = loss + share.detach()
+        if step == start:
+            check_gradients(built)
+        lr = optim.lr_at(config.optim, step, cfg.steps)
+        grad_norm = engine.step(lr)
+        config.method.after_step(engine.model, step)
+        timer.stop()
+
+        # what is said, looked at, saved
+        last, metrics = step + 1 == cfg.steps, {}
+        if (step + 1) % cfg.log_every == 0 or last:
+            metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
+            metrics["step_s"] = statistics.median(timer.drain()[-cfg.log_every :])
+            check_finite(metrics["loss"], step)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+            measured = evaluate(engine, splits.val, len(splits.classes), config.data.batch_size)
+            metrics |= {f"val_{key}": value for key, value in measured.items()}
+        for observer in observers:
+            observer.on_step(Moment(step, metrics))
+        stopping = stop.agreed(engine.device)
+        if last or stopping or (step + 1) % cfg.save_every == 0:
+            checkpoint.save(folder, engine, step + 1, cfg.keep)
+        if stopping:
+            break
+    return step + 1
+
+
+def check_gradients(built: Built) -> None:
+    """After the first backward: every parameter that trains has a finite gradient, or the run is a mistake."""
+    wanted = dict(built.engine.model.named_parameters())
+    without = [name for name in built.trainable if wanted[name].grad is None]
+    broken = [name for name in built.trainable if name not in without and not wanted[name].grad.isfinite().all()]
+    for names, what in ((without, "get no gradient"), (broken, "have a gradient that is not finite")):
+        if names:
+            raise UserError(f"{len(names)} of {len(built.trainable)} trainable tensors {what}: {', '.join(names[:5])}, ...")
+
+
+def check_finite(loss: float, step: int) -> None:
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise UserError(f"the loss is {loss} at step {step + 1}: lower optim.lr, or set optim.clip_norm; checkpoints before it are kept")
+
+
+def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Observer]:
+    from snell_dist.memory.record import PeakMemory
+
+    observers: list[Observer] = [PeakMemory(built.engine, start)]
+    if dist.rank() == 0:
+        observers += [log.MetricsFile(folder / "metrics.jsonl", start), log.Progress(start, config.train.steps)]
+    return observers
+
+
+def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
+    """The one look at the test images, and the run's figures."""
+    from snell_dist.evaluate import evaluate
+
+    classes, batch_size = len(built.splits.classes), config.data.batch_size
+    test = evaluate(built.engine, built.splits.test, classes, batch_size)
+    val = evaluate(built.engine, built.splits.val, classes, batch_size)
+    parameters = dict(built.engine.model.named_parameters())
+    seconds = timer.drain()
+    return {
+        "method": config.method.name,
+        "base": built.backbone.name,
+        "base_sha256": built.backbone.fingerprint,
+        "protocol": "weights of the last step; test images looked at once",
+        "trainable_parameters": sum(parameters[name].numel() for name in built.trainable),
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "test_accuracy": test["accuracy"],
+        "test_images": len(built.splits.test),  # type: ignore[arg-type]
+        "val_accuracy": val["accuracy"],
+        "steps": config.train.steps,
+        "median_step_s": statistics.median(seconds) if seconds else None,
+    }
+
+
+def _finish(config: Run, folder: Path, built: Built, summary: dict[str, Any]) -> None:
+    from snell_dist import checkpoint
+
+    if dist.rank() == 0:
+        file, classes = folder / checkpoint.ADAPTER, built.splits.classes
+        checkpoint.save_adapter(file, built.engine.model, built.trainable, built.backbone, config.method, classes)
+        run_folder.write_summary(folder, summary)
+    dist.barrier()
