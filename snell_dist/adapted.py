@@ -22,6 +22,9 @@ class AdaptedLinear(nn.Linear):
     The factors are 2-D parameters of this module, named as `method.factors` names them.
     """
 
+    a: nn.Parameter  # [in, groups * rank]
+    b: nn.Parameter  # [out, rank]
+
     def __init__(self, linear: nn.Linear, method: LinearMethod, groups: int = 1) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
+    weights: str | None  # where the backbone's came from
     splits: Splits
     backbone: Backbone
     trainable: list[str]
@@ -42,12 +43,13 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     remat.apply(config.remat, backbone.blocks)
     make_optimizer = functools.partial(optim.make_optimizer, config.optim)
     engine = config.engine.prepare(backbone.model, backbone.blocks, make_optimizer, config.optim.clip_norm, device)
-    return Built(splits, backbone, trainable, engine)
+    return Built(weights, splits, backbone, trainable, engine)
 
 
 def _fit(splits: Splits, backbone: Backbone) -> None:
     if splits.image_shape != backbone.image_shape:
-        message = f"the model takes images {backbone.image_shape} (channels, height, width), the data gives {splits.image_shape}"
+        shapes = f"{backbone.image_shape}, the data gives {splits.image_shape}"
+        message = f"the model takes images of (channels, height, width) {shapes}"
         raise ConfigError(Problem("backbone.image_size", message))
 
 
@@ -55,5 +57,7 @@ def say(config: Run, built: Built, device: torch.device) -> None:
     """Tells the user what will train, and on what."""
     sizes = {name: p.numel() for name, p in built.engine.model.named_parameters()}
     trains, total = sum(sizes[name] for name in built.trainable), sum(sizes.values())
-    log.info(f"{built.backbone.name}, {config.method.name}: {trains:,} of {total:,} parameters train ({trains / total:.1%})")
+    log.info(
+        f"{built.backbone.name}, {config.method.name}: {trains:,} of {total:,} parameters train ({trains / total:.1%})"
+    )
     log.info(f"{config.engine.name} on {dist.world_size()} x {device}, batch size {config.data.batch_size}")

@@ -58,7 +58,9 @@ def resume(folder: Path, engine: Engine) -> int:
     return int(done[-1].name.removeprefix("step_"))
 
 
-def save_adapter(file: Path, model: nn.Module, names: Iterable[str], backbone: Backbone, method: Method, classes: list[str]) -> None:
+def save_adapter(
+    file: Path, model: nn.Module, names: Iterable[str], backbone: Backbone, method: Method, classes: list[str]
+) -> None:
     """The trained tensors and what they belong to: the base's name and hash, the method, the class names."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if name in set(names)}
     metadata = {
@@ -79,15 +81,18 @@ def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -
     """
     tensors, metadata = read_tensors(file), read_metadata(file)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{file}: not an adapter file of this version (format {metadata.get('format')!r}, not {FORMAT!r})")
-    if base_sha256 is not None and metadata["base_sha256"] != base_sha256:
         raise UserError(
-            f"{file}: was trained on {metadata['base']} with weights {metadata['base_sha256'][:12]}, not {base_sha256[:12]}"
+            f"{file}: not an adapter file of this version (format {metadata.get('format')!r}, not {FORMAT!r})"
         )
+    if base_sha256 is not None and metadata["base_sha256"] != base_sha256:
+        theirs = f"{metadata['base']} with weights {metadata['base_sha256'][:12]}"
+        raise UserError(f"{file}: was trained on {theirs}, not {base_sha256[:12]}")
     mine = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in mine or mine[name].shape != tensor.shape:
-            raise UserError(f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}")
+            raise UserError(
+                f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}"
+            )
     model.load_state_dict(tensors, strict=False)
 
 

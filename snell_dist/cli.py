@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("snell: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `snell config show demo | head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
 
 
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(train)
     train.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     train.add_argument("--folder", type=Path, help="this run folder instead of a new numbered one")
-    train.add_argument("--resume", action="store_true", help="continue the newest run of this configuration, or --folder")
+    train.add_argument(
+        "--resume", action="store_true", help="continue the newest run of this configuration, or --folder"
+    )
     train.set_defaults(command=_train)
 
     config = commands.add_parser("config", help="list, show, copy and describe configurations")
@@ -87,9 +89,13 @@ def _train(args: argparse.Namespace) -> int:
 
     log.set_up()
     outcome = run(loaded, args.out, args.resume, args.folder)
-    again = shlex.join(["snell", "train", args.config, *args.overrides, "--resume", "--folder", str(outcome.folder)])
     if outcome.interrupted:
-        log.info(f"interrupted and saved; continue with: {again}")
+        again = ["snell", "train", args.config, *args.overrides]
+        if outcome.folder is None:  # in the training of its base, which continues by itself
+            again += ["--out", str(args.out)]
+        else:
+            again += ["--resume", "--folder", str(outcome.folder)]
+        log.info(f"interrupted and saved; continue with: {shlex.join(again)}")
         return INTERRUPTED
     if dist.rank() == 0:
         said = outcome.summary

@@ -94,9 +94,7 @@ class Loaded(Generic[Schema]):
 
     def locate(self, error: ConfigError) -> ConfigError:
         """The same problems with the file and line of each key."""
-        return ConfigError(
-            *(Problem(p.key, p.message, p.value, p.where or _origin(self.origins, p.key)) for p in error.problems)
-        )
+        return _located(error.problems, self.origins)
 
 
 def load(source: str, overrides: Sequence[str], schema: type[Schema]) -> Loaded[Schema]:
@@ -140,7 +138,8 @@ def config_name(path: Path) -> str:
 
 def check(tree: dict[str, Any], schema: type[Schema], origins: dict[str, str] | None = None) -> Schema:
     """The typed configuration of a plain tree; ConfigError with every problem."""
-    tree, origins, problems = copy.deepcopy(tree), origins or {}, []
+    problems: list[Problem] = []
+    tree = copy.deepcopy(tree)
     concrete = _with_plugins(schema, tree, problems)
     try:
         config = concrete.model_validate(tree)
@@ -148,29 +147,23 @@ def check(tree: dict[str, Any], schema: type[Schema], origins: dict[str, str] | 
         unknown = {p.key.removesuffix(".name") for p in problems}
         problems += [p for p in _problems(error, concrete) if p.key not in unknown]
     if problems:
-        raise Loaded("", None, origins).locate(ConfigError(*problems))
+        raise _located(problems, origins or {})
     return config
 
 
 def full_schema(schema: type[Section]) -> dict[str, Any]:
     """JSON schema over every plug-in, for editors that complete and check the YAML."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"include": (list[str], Field([], description="configurations that this one starts from"))}
     for key, plugin in _plugins(schema):
-        union = Union[tuple(plugin.find(name) for name in plugin.names())]  # noqa: UP007 (made at run time)
+        classes: Any = Union[tuple(plugin.find(name) for name in plugin.names())]  # noqa: UP007 (made at run time)
         several = len(plugin.names()) > 1
-        fields[key] = (Annotated[union, Field(discriminator="name")] if several else union, ...)
-    # Deltas name only what they change, so nothing is required at the top.
-    includes = Annotated[Union[str, list[str]], Field(description="configurations that this one starts from")]  # noqa: UP007
-    result = create_model("Config", __base__=schema, include=(includes, []), **fields).model_json_schema()
-    _relax(result)
+        fields[key] = (Annotated[classes, Field(discriminator="name")] if several else classes, ...)
+    whole: type[Section] = create_model("Config", __base__=schema, **fields)
+    result = whole.model_json_schema()
+    # A file may be a delta, so it need not say all.
+    for part in (result, *result["$defs"].values()):
+        part["required"] = [key for key in part.get("required", ()) if key == "name"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
-
-
-def _relax(schema: dict[str, Any]) -> None:
-    schema.pop("required", None)
-    for section in schema.get("$defs", {}).values():
-        if "required" in section:
-            section["required"] = [key for key in section["required"] if key == "name"]
 
 
 def _plugins(schema: type[Section]) -> list[tuple[str, Plugin]]:
@@ -223,6 +216,10 @@ def _problem(item: Any, schema: type[Section]) -> Problem:
     elif item["type"].endswith("_type"):
         message = f"{message}, not {type(value).__name__}"
     return Problem(key, message, value)
+
+
+def _located(problems: Iterable[Problem], origins: dict[str, str]) -> ConfigError:
+    return ConfigError(*(Problem(p.key, p.message, p.value, p.where or _origin(origins, p.key)) for p in problems))
 
 
 def _origin(origins: dict[str, str], key: str) -> str:
@@ -293,8 +290,9 @@ def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in delta.items():
         old = result.get(key)
-        same = isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name"))
-        result[key] = _merge(old, value) if same else value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name") in (None, old.get("name")):
+            value = _merge(old, value)
+        result[key] = value
     return result
 
 
@@ -303,7 +301,7 @@ def _apply(override: str, tree: dict[str, Any], origins: dict[str, str]) -> None
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(f"command line: {override!r}: expected key=value, such as method.rank=8")
     try:
-        value = yaml.load(text, _Yaml)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, _Yaml)
     except yaml.YAMLError:
         raise UserError(f"command line: {key} = {text!r}: not valid YAML") from None
     delta = value

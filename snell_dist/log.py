@@ -38,7 +38,9 @@ def set_up(file: Path | None = None) -> None:
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        handlers.append(RichHandler(console=_shared_console(), show_level=False, show_path=False, rich_tracebacks=False))
+        handlers.append(
+            RichHandler(console=_shared_console(), show_level=False, show_path=False, rich_tracebacks=False)
+        )
     else:
         handlers.append(logging.StreamHandler())
     if file is not None and dist.rank() == 0:

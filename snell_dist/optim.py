@@ -21,7 +21,9 @@ class Optim(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="peak learning rate; not scaled with batch or world size")
     weight_decay: float = Field(0.01, ge=0, description="not on vectors, biases, position and class tokens")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW; SGD's momentum is the first")
+    betas: list[float] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="AdamW; SGD's momentum is the first"
+    )
     eps: float = Field(1e-8, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0, description="linear, from 0")

@@ -28,4 +28,4 @@ def apply(remat: Remat, blocks: Iterable[nn.Module]) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

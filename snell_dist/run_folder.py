@@ -1,12 +1,12 @@
 """The folder that explains a run: what ran, on what, with which result; never overwritten.
 
-    runs/<config>/<number>/
-        config.yaml      resolved: every key with the value that was in force
-        run.json         exact command, versions, git commit, host, seeds; one entry an attempt
-        metrics.jsonl    train.log
-        checkpoints/     step_000200/, to resume from
-        adapter.safetensors   what was trained, to take away
-        summary.json     written last: a folder that has it is complete
+runs/<config>/<number>/
+    config.yaml      resolved: every key with the value that was in force
+    run.json         exact command, versions, git commit, host, seeds; one entry an attempt
+    metrics.jsonl    train.log
+    checkpoints/     step_000200/, to resume from
+    adapter.safetensors   what was trained, to take away
+    summary.json     written last: a folder that has it is complete
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors
 
 
 def choose(out: Path, name: str, config: Section, resume: bool, folder: Path | None) -> Path | None:
-    """The existing folder to continue in, or None for a new one. UserError where the wishes do not fit what is there."""
+    """The existing folder to continue in, or None for a new one.
+
+    Raises UserError where the wish does not fit what is there.
+    """
     if folder is None:
         found = newest(out, name, config) if resume else None
         if resume and found is None:
@@ -109,7 +112,9 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 def newest(out: Path, name: str, config: Section) -> Path | None:
     """The newest run of exactly this configuration."""
     parent = out / name
-    folders = sorted((p for p in parent.glob("*") if p.name.isdigit()), key=lambda p: -int(p.name)) if parent.is_dir() else []
+    folders = (
+        sorted((p for p in parent.glob("*") if p.name.isdigit()), key=lambda p: -int(p.name)) if parent.is_dir() else []
+    )
     return next((folder for folder in folders if not differences(folder, config)), None)
 
 
@@ -160,7 +165,9 @@ def write_atomic(file: Path, text: str) -> None:
 def _flat(tree: Any, key: str = "") -> dict[str, str]:
     if not isinstance(tree, dict):
         return {key: repr(tree)}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
+    return {
+        k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()
+    }
 
 
 def _version(name: str) -> str | None:

@@ -31,7 +31,9 @@ class Train(Section):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     log_every: int = Field(10, ge=1, description="steps")
-    eval_every: int | None = Field(None, ge=1, description="steps between looks at the validation images; null: only at the end")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between looks at the validation images; null: only at the end"
+    )
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
 
@@ -50,9 +52,12 @@ class Run(Section):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left. `interrupted`: it was asked to stop, saved, and can be resumed."""
+    """What a run left. `interrupted`: it was asked to stop, saved, and can be resumed.
 
-    folder: Path
+    `folder` is None where that happened in the training of its base, before the run itself began.
+    """
+
+    folder: Path | None
     interrupted: bool
     summary: dict[str, Any]
 
@@ -71,6 +76,7 @@ def _run(
     loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
 ) -> Outcome:
     from snell_dist.build import build, say
+    from snell_dist.checkpoint import ADAPTER
 
     config = loaded.config
     place = run_folder.choose(out, loaded.name, config, resume, folder) if dist.rank() == 0 else None
@@ -78,7 +84,12 @@ def _run(
     if place is not None and run_folder.is_complete(place):
         log.info(f"{place} is complete, nothing to do")
         return Outcome(place, False, run_folder.read_summary(place))
-    weights = _weights(config, out, device, (*above, loaded.name))
+    weights = config.backbone.weights
+    if weights is not None and weights.startswith("config:"):
+        base = _base(weights.removeprefix("config:"), out, device, (*above, loaded.name))
+        if base is None:
+            return Outcome(None, interrupted=True, summary={})
+        weights = str(base / ADAPTER)
     try:
         built = build(config, weights, device)
     except ConfigError as error:
@@ -95,25 +106,21 @@ def _run(
         return train(config, place, built, device)
 
 
-def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...]) -> str | None:
-    """The backbone's weights as it can load them: `config:NAME` becomes a file, trained first where there is none."""
-    weights = config.backbone.weights
-    if weights is None or not weights.startswith("config:"):
-        return weights
-    from snell_dist.checkpoint import ADAPTER
+def _base(name: str, out: Path, device: torch.device, above: tuple[str, ...]) -> Path | None:
+    """The complete run of the configuration that makes the base weights, trained first where there is none.
 
-    base = load(weights.removeprefix("config:"), [], Run)
+    None where that training was interrupted.
+    """
+    base = load(name, [], Run)
     if base.name in above:
-        raise UserError(f"backbone.weights = {weights!r}: the configurations start from each other in a circle")
+        raise UserError(f"backbone.weights = 'config:{name}': the configurations start from each other in a circle")
     place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
     place = dist.broadcast_object(place)
     if place is None or not run_folder.is_complete(place):
-        log.info(f"the base {weights} is not trained yet: training it first")
+        log.info(f"the base {name} is not trained yet: training it first")
         outcome = _run(base, out, place is not None, place, device, above)
-        if outcome.interrupted:
-            raise Interrupted(outcome)
-        place = outcome.folder
-    return str(place / ADAPTER)
+        return None if outcome.interrupted else outcome.folder
+    return place
 
 
 def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
@@ -123,7 +130,7 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
     start = checkpoint.resume(folder, built.engine)
     if start:
         log.info(f"resumed after step {start} of {config.train.steps}")
-    timer, summary = StepTimer(device), {}
+    timer, summary = StepTimer(device), dict[str, Any]()
     with ExitStack() as stack:
         stop = stack.enter_context(dist.StopRequest().listening())
         observers = _observers(config, folder, built, start)
@@ -147,6 +154,7 @@ def loop(
     stop: dist.StopRequest,
 ) -> int:
     """The training steps from `start` on. Returns the number of steps done."""
+    import torch
     from torch.nn.functional import cross_entropy
 
     from snell_dist import checkpoint
@@ -159,12 +167,12 @@ def loop(
         # one step: images [B, C, H, W], the mean loss over the whole batch, one update
         timer.start()
         dist.seed_everything(cfg.seed, step, dist.rank())
-        loss = 0.0
+        loss = torch.zeros((), device=engine.device)
         for batch in engine.accumulate(micro_batches(splits.train, config.data, step, cfg.seed)):
             logits = engine.forward(batch.images)
             share = cross_entropy(logits, batch.labels, ignore_index=PADDING, reduction="sum") / batch.total
             engine.backward(share * dist.world_size())  # engines average over ranks
-            loss = loss + share.detach()
+            loss += share.detach()
         if step == start:
             check_gradients(built)
         lr = optim.lr_at(config.optim, step, cfg.steps)
@@ -193,17 +201,21 @@ def loop(
 
 def check_gradients(built: Built) -> None:
     """After the first backward: every parameter that trains has a finite gradient, or the run is a mistake."""
-    wanted = dict(built.engine.model.named_parameters())
-    without = [name for name in built.trainable if wanted[name].grad is None]
-    broken = [name for name in built.trainable if name not in without and not wanted[name].grad.isfinite().all()]
+    parameters = dict(built.engine.model.named_parameters())
+    gradients = {name: parameters[name].grad for name in built.trainable}
+    without = [name for name, gradient in gradients.items() if gradient is None]
+    broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
     for names, what in ((without, "get no gradient"), (broken, "have a gradient that is not finite")):
         if names:
-            raise UserError(f"{len(names)} of {len(built.trainable)} trainable tensors {what}: {', '.join(names[:5])}, ...")
+            raise UserError(
+                f"{len(names)} of {len(built.trainable)} trainable tensors {what}: {', '.join(names[:5])}, ..."
+            )
 
 
 def check_finite(loss: float, step: int) -> None:
     if loss != loss or loss in (float("inf"), float("-inf")):
-        raise UserError(f"the loss is {loss} at step {step + 1}: lower optim.lr, or set optim.clip_norm; checkpoints before it are kept")
+        advice = "lower optim.lr or set optim.clip_norm; earlier checkpoints are kept"
+        raise UserError(f"the loss is {loss} at step {step + 1}: {advice}")
 
 
 def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Observer]:
@@ -227,6 +239,7 @@ def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
     return {
         "method": config.method.name,
         "base": built.backbone.name,
+        "base_weights": built.weights,
         "base_sha256": built.backbone.fingerprint,
         "protocol": "weights of the last step; test images looked at once",
         "trainable_parameters": sum(parameters[name].numel() for name in built.trainable),

@@ -6,7 +6,7 @@ Adapted: qkv (as three matrices), proj, fc1 and fc2 of every block. Trained besi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -37,18 +37,20 @@ class Vit(BackboneSection):
 
         patch = self.patch_size or PATCH[self.size]
         if self.image_size % patch:
-            raise ConfigError(Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", self.image_size))
+            raise ConfigError(
+                Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", self.image_size)
+            )
         arch = f"vit_{self.size}_patch{patch}_224"
         if not timm.is_model(arch):  # a patch size of the user's own
             arch = f"vit_{self.size}_patch{PATCH[self.size]}_224"
         own = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
-        options = {key: value for key, value in own.items() if value is not None}
+        options: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
         if self.width and self.heads and self.width % self.heads:
             raise ConfigError(Problem("backbone.heads", f"must divide width {self.width}", self.heads))
         from_file = self.weights is not None and self.weights.endswith(".safetensors")
         tag = None if from_file else self.weights
         try:
-            model = timm.create_model(
+            model: Any = timm.create_model(
                 f"{arch}.{tag}" if tag else arch,
                 pretrained=tag is not None,
                 num_classes=classes,
@@ -61,7 +63,9 @@ class Vit(BackboneSection):
         except Exception as error:
             if tag is None:
                 raise
-            raise UserError(f"backbone.weights = {tag!r}: timm cannot load them for {arch}: {_first_line(error)}") from None
+            raise UserError(
+                f"backbone.weights = {tag!r}: timm cannot load them for {arch}: {_first_line(error)}"
+            ) from None
         if from_file:
             load_weights(model, Path(str(self.weights)))
         return Backbone(
@@ -77,7 +81,10 @@ class Vit(BackboneSection):
 
 def _name(arch: str, options: dict[str, int]) -> str:
     """timm's name, and what is not as the name says."""
-    said = {"img_size": int(arch.partition(".")[0].rpartition("_")[2]), "patch_size": int(arch.split("patch")[1].split("_")[0])}
+    said = {
+        "img_size": int(arch.partition(".")[0].rpartition("_")[2]),
+        "patch_size": int(arch.split("patch")[1].split("_")[0]),
+    }
     other = [f"{key}={value}" for key, value in options.items() if said.get(key) != value]
     return f"{arch}({', '.join(other)})" if other else arch
 

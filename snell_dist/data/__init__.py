@@ -67,7 +67,9 @@ class DataSection(Section):
         """Micro-batches per step. ConfigError where batch_size does not divide."""
         share, rest = divmod(self.batch_size, dist.world_size())
         if rest:
-            raise ConfigError(Problem("data.batch_size", f"must be a multiple of world_size {dist.world_size()}", self.batch_size))
+            raise ConfigError(
+                Problem("data.batch_size", f"must be a multiple of world_size {dist.world_size()}", self.batch_size)
+            )
         micro = self.micro_batch_size or share
         if share % micro:
             message = f"must divide the {share} images of each process (batch_size {self.batch_size} / world_size)"

@@ -44,7 +44,9 @@ class Digits(DataSection):
             parts["val"] += [(i, label) for i in members[:val]]
             parts["test"] += [(i, label) for i in members[val : val + test]]
             parts["train"] += [(i, label) for i in members[val + test :]]
-        datasets = {name: _InMemory(images[[i for i, _ in part]], [label for _, label in part]) for name, part in parts.items()}
+        datasets = {
+            name: _InMemory(images[[i for i, _ in part]], [label for _, label in part]) for name, part in parts.items()
+        }
         return Splits(**datasets, classes=[str(digit) for digit in self.classes], image_shape=(1, 8, 8))  # type: ignore[arg-type]
 
 

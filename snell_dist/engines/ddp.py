@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 class Ddp(EngineSection):
     name: Literal["ddp"]
-    autocast: Literal["none", "bf16"] = Field("none", description="dtype of the forward's products; weights stay as they are")
+    autocast: Literal["none", "bf16"] = Field(
+        "none", description="dtype of the forward's products; weights stay as they are"
+    )
 
     def prepare(
         self,

@@ -24,6 +24,7 @@ class PeakMemory:
     def __init__(self, engine: Engine, start: int) -> None:
         self._engine, self._before = engine, start + RECORDED_STEP - 1
         self._profiler: Any = None
+        self._held = 0
         self.peak_mib: float | None = None
 
     def on_step(self, moment: Moment) -> None:
@@ -53,12 +54,15 @@ def held_bytes(engine: Engine) -> int:
     """Bytes that stay between steps: parameters, buffers and optimizer state (gradients are cleared)."""
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     tensors += [value for key, value in engine.state().items() if key.startswith("optimizer/")]
-    return sum(storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values())
+    return sum(
+        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+    )
 
 
 def peak_of(profiler: torch.profiler.profile) -> int:
     """The highest sum of CPU bytes allocated and freed while the profiler ran."""
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_index() == -1]
     live = peak = 0
     for _, change in sorted(changes, key=lambda c: c[0]):

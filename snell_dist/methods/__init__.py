@@ -60,16 +60,21 @@ class LinearMethod(Method):
         raise NotImplementedError
 
     def inject(self, model: nn.Module, targets: Mapping[str, int]) -> None:
+        from torch import nn
+
         from snell_dist.adapted import AdaptedLinear
 
         for pattern in self.targets:
             if not any(_matches(name, pattern) for name in targets):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-                raise ConfigError(Problem("method.targets", f"matches no linear layer (layers end in: {known})", pattern))
+                raise ConfigError(
+                    Problem("method.targets", f"matches no linear layer (layers end in: {known})", pattern)
+                )
         for name, groups in targets.items():
             if any(_matches(name, pattern) for pattern in self.targets):
                 parent, _, leaf = name.rpartition(".")
                 linear = model.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
                 setattr(model.get_submodule(parent), leaf, AdaptedLinear(linear, self, groups))
 
     def trainable(self, model: nn.Module, besides: Iterable[str]) -> list[str]:
@@ -81,8 +86,10 @@ class LinearMethod(Method):
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
     """A rank above the smaller side of the matrix is a mistake: the factors would be larger than the matrix."""
     if rank > min(in_features, out_features):
-        message = f"is larger than a layer of {in_features} x {out_features} (allowed: at most {min(in_features, out_features)})"
-        raise ConfigError(Problem("method.rank", message, rank))
+        allowed = f"allowed: at most {min(in_features, out_features)}"
+        raise ConfigError(
+            Problem("method.rank", f"is larger than a layer of {in_features} x {out_features} ({allowed})", rank)
+        )
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:

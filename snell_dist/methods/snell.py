@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 class Snell(LinearMethod):
     name: Literal["snell"]
     rank: int = Field(8, ge=2, description="columns of each factor; even, since the kernel uses two halves")
-    sparsity: float = Field(0.9, ge=0, lt=1, description="fraction of each delta that is zero; 0: dense and not squared")
+    sparsity: float = Field(
+        0.9, ge=0, lt=1, description="fraction of each delta that is zero; 0: dense and not squared"
+    )
     sparsify: Literal["released", "paper", "hard"] = Field(
         "released", description="what survivors become: w|w| (released code), equation 5's soft threshold, or w"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the delta's input (released code: 0.1; one more product)")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of whole samples, on the delta's output (released code: 0.1)")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="of whole samples, on the delta's output (released code: 0.1)"
+    )
 
     @field_validator("rank")
     @classmethod
@@ -70,6 +74,4 @@ class Snell(LinearMethod):
     def delta(self, layer: AdaptedLinear) -> Tensor:
         from snell_dist import ops
 
-        return ops.merge_delta(
-            layer.a, layer.b, sparsity=self.sparsity, sparsify=self.sparsify, groups=layer.groups
-        )
+        return ops.merge_delta(layer.a, layer.b, sparsity=self.sparsity, sparsify=self.sparsify, groups=layer.groups)

@@ -1,0 +1,62 @@
+"""What the tests share: small settings, and processes started the way a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from snell_dist.checkpoint import ADAPTER
+from snell_dist.config import load
+from snell_dist.train import Outcome, Run, run
+
+# Small enough for a second on one core; everything else as in configs/demo.yaml.
+TINY = [
+    "backbone.weights=null",
+    "backbone.width=16",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "data.batch_size=12",
+    "train.steps=6",
+    "train.log_every=2",
+    "train.eval_every=null",
+    "train.save_every=2",
+    "train.device=cpu",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def train(
+    out: Path, *overrides: str, config: str = "demo", resume: bool = False, folder: Path | None = None
+) -> Outcome:
+    """A tiny run in this process."""
+    return run(load(config, [*TINY, *overrides], Run), out, resume, folder)
+
+
+def snell(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, **({"env": ENVIRONMENT} | options)
+    )
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "snell_dist", *map(str, arguments)]
+
+
+def trained(folder: Path | None) -> dict:
+    """The tensors of a finished run's adapter file."""
+    assert folder is not None
+    return load_file(folder / ADAPTER)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bit-equal comparisons need the same number of threads everywhere."""
+    import torch
+
+    torch.set_num_threads(1)
