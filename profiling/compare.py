@@ -116,20 +116,21 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def adapted_model(result: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The run's final model with its deltas merged, the base model, and the data's splits."""
+    """The run's final model with its deltas merged, the weights of its base, and the data's splits."""
+    import torch
+
     from snell_dist import methods
+    from snell_dist.build import build
     from snell_dist.checkpoint import ADAPTER, load_adapter
     from snell_dist.config import load
     from snell_dist.train import Run
 
     folder = Path(result["folder"])
-    config = load(str(folder / "config.yaml"), [], Run).config
-    splits = config.data.load()
-    section = config.backbone.model_copy(update={"weights": result["base_weights"]})
-    base, backbone = section.build(len(splits.classes)), section.build(len(splits.classes))
-    config.method.inject(backbone.model, backbone.targets)
-    load_adapter(folder / ADAPTER, backbone.model, base.fingerprint)
-    return methods.merge(backbone.model).eval(), base.model, splits
+    built = build(load(str(folder / "config.yaml"), [], Run).config, result["base_weights"], torch.device("cpu"))
+    model = built.engine.model
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load_adapter(folder / ADAPTER, model, built.backbone.fingerprint)
+    return methods.merge(model).eval(), base, built.splits
 
 
 def draw(results: list[dict[str, Any]], said: dict[str, Any], file: Path) -> None:
@@ -185,8 +186,8 @@ def draw_deltas(figure: Any, results: list[dict[str, Any]], models: list[Any]) -
     """|delta| of one layer, each on its own scale: what each method can change."""
     figure.suptitle(f"What training added to {LAYER}.weight (dark: more)", x=0.02, ha="left", fontsize=10)
     chosen = [(r, m) for r, m in zip(results, models, strict=True) if r["method"] != "linear"]
-    for ax, (r, (model, base, _)) in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
-        delta = (model.state_dict()[f"{LAYER}.weight"] - base.state_dict()[f"{LAYER}.weight"]).abs().numpy()
+    for ax, (r, (model, base, _)) in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen, strict=True):
+        delta = (model.state_dict()[f"{LAYER}.weight"] - base[f"{LAYER}.weight"]).abs().numpy()
         ax.imshow(delta, cmap="magma_r", vmax=sorted(delta.flat)[int(0.995 * delta.size)], interpolation="nearest")
         ax.set_title(f"{r['method']}: {(delta > 0).mean():.0%} of entries", fontsize=9, color=colour(r))
         ax.set_xticks([])

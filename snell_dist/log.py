@@ -9,6 +9,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,25 +31,32 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def set_up(file: Path | None = None) -> None:
-    """Sends messages of rank 0 to the terminal and, if named, to the end of a file; other ranks only warn."""
-    LOGGER.handlers.clear()
+def set_up() -> None:
+    """Sends messages of rank 0 to the terminal; other ranks only warn."""
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
-    handlers: list[logging.Handler] = []
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        handlers.append(
-            RichHandler(console=_shared_console(), show_level=False, show_path=False, rich_tracebacks=False)
-        )
+        LOGGER.addHandler(RichHandler(console=_shared_console(), show_level=False, show_path=False))
     else:
-        handlers.append(logging.StreamHandler())
-    if file is not None and dist.rank() == 0:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for handler in handlers:
-        LOGGER.addHandler(handler)
+        LOGGER.addHandler(logging.StreamHandler())
+
+
+@contextmanager
+def also_to(file: Path) -> Iterator[None]:
+    """Messages of rank 0 go to the end of this file as well."""
+    if dist.rank() != 0:
+        yield
+        return
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
 
 
 def info(message: str) -> None:
@@ -132,5 +141,5 @@ _LABELS = {
     "val_accuracy": ("val accuracy", ".4f"),
     "lr": ("lr", ".1e"),
     "grad_norm": ("grad norm", ".2f"),
-    "peak_memory_mib": ("peak MiB", ".0f"),
+    "process_mib": ("MiB", ".0f"),
 }

@@ -97,8 +97,7 @@ def _run(
     if dist.rank() == 0:
         place = place or run_folder.create(out, loaded.name, config, folder)
     place = dist.broadcast_object(place)
-    with run_folder.lock(place):
-        log.set_up(place / "train.log")
+    with run_folder.lock(place), log.also_to(place / "train.log"):
         log.info(f"run folder {place}")
         say(config, built, device)
         if dist.rank() == 0:
@@ -160,6 +159,7 @@ def loop(
     from snell_dist import checkpoint
     from snell_dist.data import PADDING
     from snell_dist.evaluate import evaluate
+    from snell_dist.memory.record import process_mib
 
     cfg, engine, splits = config.train, built.engine, built.splits
     engine.model.train()
@@ -184,6 +184,7 @@ def loop(
         last, metrics = step + 1 == cfg.steps, {}
         if (step + 1) % cfg.log_every == 0 or last:
             metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
+            metrics["process_mib"] = process_mib(engine.device)
             metrics["step_s"] = statistics.median(timer.drain()[-cfg.log_every :])
             check_finite(metrics["loss"], step)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:

@@ -59,4 +59,7 @@ def one_thread() -> None:
     """Bit-equal comparisons need the same number of threads everywhere."""
     import torch
 
+    from snell_dist import log
+
     torch.set_num_threads(1)
+    log.LOGGER.setLevel("INFO")

@@ -54,7 +54,7 @@ def test_every_trainable_tensor_trains_and_merging_changes_no_logit(method: str)
 def test_adapted_layers_keep_the_backbones_keys_and_parameter_objects(method: str) -> None:
     model = vit()
     base = dict(model.named_parameters())
-    snell_dist.adapt(model, method)
+    snell_dist.adapt(model, method, rank=4)
     adapted = dict(model.named_parameters())
     assert all(adapted[name] is parameter for name, parameter in base.items())
     names = {name for name, _ in adapted_layers(model)}

@@ -6,6 +6,7 @@ step, the third, when optimizer state exists. It leaves out the interpreter and 
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ class PeakMemory:
             self._profiler.__exit__(None, None, None)
             self._profiler = None
         summary["peak_memory_mib"] = self.peak_mib
+
+
+def process_mib(device: torch.device) -> float:
+    """The highest so far: on CUDA what the allocator gave out, elsewhere the process's resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / MIB
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
 def held_bytes(engine: Engine) -> int:
