@@ -1,0 +1,28 @@
+"""The static side of one call: names and numbers that are not tensors, checked, hashable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snell_dist.ops import kernels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute; `sparsities` has one entry for each threshold (group, or 1 for scope "matrix")."""
+
+    kernel: str
+    sparsify: str
+    groups: int
+    scope: str
+    sparsities: tuple[float, ...]
+    dropout: float = 0.0
+
+    @property
+    def interpolated(self) -> bool:
+        """The paper's own threshold is an order statistic; the released code interpolates."""
+        return self.sparsify != "paper"
+
+    def dense(self, sparsity: float) -> bool:
+        """Sparsity 0 is the dense kernel, neither squared nor thresholded, but for SNELLA (released code)."""
+        return sparsity == 0 and bool(kernels.find(self.kernel).DENSE_AT_ZERO)
