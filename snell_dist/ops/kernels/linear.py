@@ -1,12 +1,14 @@
-"""The linear kernel: K_oi = b_o . a_i, LoRA's low-rank delta (SNELL, table A6)."""
+"""The linear kernel, LoRA's product: K_oi = b_o . a_i (table A6 of the paper)."""
+
+from __future__ import annotations
 
 from torch import Tensor
 
-SEGMENTS = 1
-SCALARS: dict[str, float] = {}
 DENSE_AT_ZERO = True
-ROWS_INDEPENDENT = True
+SEGMENTS = 1
+PARAMS: dict[str, float] = {}
 
 
-def merged(a: Tensor, b: Tensor, scalars: Tensor | None) -> Tensor:
+def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """a [in, r], b [out, r] -> K [out, in]."""
     return b @ a.t()

@@ -1,18 +1,19 @@
-"""The radial basis function kernel: K_oi = alpha exp(-beta ||b_o - a_i||^2) + gamma (SNELL, table A6).
+"""The radial basis kernel: K_oi = alpha exp(-beta ||b_o - a_i||^2) + gamma (table A6 of the paper).
 
-The paper prints no start values; alpha = beta = 1 and gamma = -1 start near zero.
+The paper names the scalars and not their values. Here alpha = beta = 1 and gamma = -1, so that equal
+factors give no delta; pass `kernel_params` to set or to train them.
 """
+
+from __future__ import annotations
 
 from torch import Tensor
 
-SEGMENTS = 1
-SCALARS = {"alpha": 1.0, "beta": 1.0, "gamma": -1.0}
 DENSE_AT_ZERO = True
-ROWS_INDEPENDENT = True
+SEGMENTS = 1
+PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -1.0}
 
 
-def merged(a: Tensor, b: Tensor, scalars: Tensor | None) -> Tensor:
-    assert scalars is not None
-    alpha, beta, gamma = scalars
-    squared = b.square().sum(1, keepdim=True) + a.square().sum(1) - 2 * (b @ a.t())
-    return alpha * (-beta * squared.clamp_min(0)).exp() + gamma
+def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """a [in, r], b [out, r] -> K [out, in]."""
+    squared = b.square().sum(1, keepdim=True) + a.square().sum(1) - 2 * b @ a.t()
+    return params["alpha"] * (-params["beta"] * squared).exp() + params["gamma"]

@@ -1,18 +1,18 @@
-"""The sigmoid kernel: K_oi = alpha / (1 + exp(-beta b_o . a_i)) + gamma (SNELL, table A6).
+"""The sigmoid kernel: K_oi = alpha / (1 + exp(-beta b_o . a_i)) + gamma (table A6 of the paper).
 
-The paper prints no start values; alpha = beta = 1 and gamma = -1/2 start near zero.
+The paper names the scalars and not their values. Here alpha = beta = 1 and gamma = -1/2, so that
+orthogonal factors give no delta; pass `kernel_params` to set or to train them.
 """
 
-import torch
+from __future__ import annotations
+
 from torch import Tensor
 
-SEGMENTS = 1
-SCALARS = {"alpha": 1.0, "beta": 1.0, "gamma": -0.5}
 DENSE_AT_ZERO = True
-ROWS_INDEPENDENT = True
+SEGMENTS = 1
+PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -0.5}
 
 
-def merged(a: Tensor, b: Tensor, scalars: Tensor | None) -> Tensor:
-    assert scalars is not None
-    alpha, beta, gamma = scalars
-    return alpha * torch.sigmoid(beta * (b @ a.t())) + gamma
+def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """a [in, r], b [out, r] -> K [out, in]."""
+    return params["alpha"] * (params["beta"] * (b @ a.t())).sigmoid() + params["gamma"]

@@ -1,21 +1,20 @@
-"""SNELLA's mixture kernel: K + alpha softmax(K / gamma) + beta, K the distance kernel's matrix.
+"""SNELLA's mixed kernel: K = D + alpha softmax(D / gamma) + beta, D the distance kernel.
 
-The softmax runs over the out axis, for each input column, so rows cannot be made tile by tile: the
-workspace bound does not hold for this kernel. Source: SNELLA (2025), values as in the released code.
+The softmax runs over the out axis, for each input column. alpha, gamma, beta are trained (released code).
 """
+
+from __future__ import annotations
 
 from torch import Tensor
 
 from snell_dist.ops.kernels import distance
 
-SEGMENTS = distance.SEGMENTS
-SCALARS = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
 DENSE_AT_ZERO = False
-ROWS_INDEPENDENT = False
+SEGMENTS = 2
+PARAMS = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
 
 
-def merged(a: Tensor, b: Tensor, scalars: Tensor | None) -> Tensor:
-    assert scalars is not None
-    alpha, gamma, beta = scalars
-    k = distance.merged(a, b, None)
-    return k + alpha * (k / gamma).softmax(dim=0) + beta
+def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """a [in, r], b [out, r] -> K [out, in]."""
+    d = distance.merged(a, b, {})
+    return d + params["alpha"] * (d / params["gamma"]).softmax(0) + params["beta"]
