@@ -4,7 +4,7 @@ y = x (W0 + delta)^T + bias,   delta = sparsified K(a, b),   a [in, r], b [out, 
 """
 
 from snell_dist.ops.kernels import KERNELS
-from snell_dist.ops.snell import init_factors, merge_delta, snell_linear
+from snell_dist.ops.snell import ThresholdState, init_factors, merge_delta, snell_linear
 from snell_dist.ops.sparsify import SPARSIFY
 
-__all__ = ["KERNELS", "SPARSIFY", "init_factors", "merge_delta", "snell_linear"]
+__all__ = ["KERNELS", "SPARSIFY", "ThresholdState", "init_factors", "merge_delta", "snell_linear"]

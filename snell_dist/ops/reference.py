@@ -1,4 +1,4 @@
-"""The operator as the paper writes it: short, by autograd, any dtype and device. The oracle of the other implementations.
+"""The operator as the paper writes it: short, by autograd, any dtype and device.
 
 y = x W0^T + bias + drop_path(dropout(x) delta^T),   delta = K * factor(|K|, t)
 """
@@ -19,8 +19,7 @@ def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> Tens
     kernel = kernels.find(plan.kernel)
     merged = []
     for g, (one, two) in enumerate(zip(a.chunk(plan.groups, 1), b.chunk(plan.groups, 0), strict=True)):
-        scalars = {} if params is None else dict(zip(kernel.PARAMS, params[:, g], strict=True))
-        merged.append(kernel.merged(one, two, scalars))
+        merged.append(kernel.merged(one, two, kernels.scalars(kernel, None if params is None else params[:, g])))
     if plan.scope == "matrix":
         merged = [torch.cat(merged)]
     return torch.cat([_sparse(k, s, plan) for k, s in zip(merged, plan.sparsities, strict=True)])

@@ -10,14 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snell_dist.ops import kernels, reference
+from snell_dist.ops import kernels, library, reference
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import draw_path, draw_seed
 from snell_dist.ops.sparsify import SPARSIFY
 
-IMPLS = ("auto", "reference")
+IMPLS = ("auto", "fused", "reference")
 SCOPES = ("group", "matrix")
 Params = Mapping[str, Tensor | float]
+
+
+class ThresholdState:
+    """What a layer may remember between calls; keep one for each layer.
+
+    refresh_every=1: the last thresholds only tell where to look first; results do not depend on them.
+    refresh_every=k > 1 is an approximation: thresholds are found anew only after k calls of `step`, which the caller
+    makes once an optimizer step, so that a recomputed forward sees the same ones. A changed sparsity also renews them.
+    """
+
+    def __init__(self, refresh_every: int = 1) -> None:
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every must be a positive number of steps; got {refresh_every}")
+        self.refresh_every = refresh_every
+        self.age = 0
+        self.found: Tensor | None = None
+        self.plan: Plan | None = None
+
+    def step(self) -> None:
+        self.age += 1
+
+
+def find_thresholds(a: Tensor, b: Tensor, params: Tensor | None, state: ThresholdState | None, plan: Plan) -> Any:
+    """Thresholds [groups], or None where no group has one."""
+    if plan.all_dense:
+        return None
+    last = None if state is None or state.plan != plan else state.found
+    if state is not None and last is not None and state.age < state.refresh_every != 1:
+        return last[0]
+    detached = None if params is None else params.detach()
+    found = library.thresholds(a.detach(), b.detach(), detached, last, *library.static(plan))
+    if state is not None:
+        state.found, state.plan, state.age = found, plan, 0
+    return found[0]
 
 
 def snell_linear(
@@ -38,14 +72,15 @@ def snell_linear(
     sparsity_scope: str = "group",
     kernel_params: Params | None = None,
     workspace_bytes: int | None = None,
-    state: Any = None,
+    state: ThresholdState | None = None,
 ) -> Tensor:
     """y = x W0^T + bias + drop_path(dropout(x) delta^T); x [..., in] -> y [..., out].
 
     weight [out, in], frozen or not; a [in, groups*rank], b [out, rank]: group g owns the g-th of `groups` equal
     row slices of weight and b, and columns [g*rank, (g+1)*rank) of a.
     """
-    plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope, dropout if training else 0.0)
+    rate = dropout if training else 0.0
+    plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope, rate, workspace_bytes)
     check_choice("impl", impl, IMPLS)
     check_layer(x, weight, bias, a, b)
     if torch.is_autocast_enabled(x.device.type):
@@ -55,8 +90,12 @@ def snell_linear(
     samples = x.shape[0] if x.dim() > 1 else 1
     path = draw_path(samples, drop_path, x) if training and drop_path else None
     params = stack_params(kernel, kernel_params, groups, a)
+    a, b = wide(a), wide(b)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.snell_linear(x, weight, bias, wide(a), wide(b), params, seed, path, plan)
+        if impl == "reference":
+            return reference.snell_linear(x, weight, bias, a, b, params, seed, path, plan)
+        found = find_thresholds(a, b, params, state, plan)
+        return library.linear(x, weight, bias, a, b, params, found, seed, path, *library.static(plan))
 
 
 def merge_delta(
@@ -75,13 +114,17 @@ def merge_delta(
 
     ValueError when a factor is not finite: a merged weight is kept, so it is worth the look.
     """
-    plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope, 0.0)
+    plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope)
     check_choice("impl", impl, IMPLS)
     for name, factor in (("a", a), ("b", b)):
         if not torch.isfinite(factor).all():
             raise ValueError(f"{name} has entries that are not finite (NaN or infinity)")
+    a, b, params = wide(a), wide(b), stack_params(kernel, kernel_params, groups, a)
     with torch.autocast(a.device.type, enabled=False):
-        return reference.merge_delta(wide(a), wide(b), stack_params(kernel, kernel_params, groups, a), plan)
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, params) if t is not None)
+        if impl == "reference" or (impl == "auto" and differentiable):
+            return reference.merge_delta(a, b, params, plan)
+        return library.merge(a, b, params, find_thresholds(a, b, params, None, plan), *library.static(plan))
 
 
 def init_factors(
@@ -130,7 +173,7 @@ def stack_params(kernel: str, given: Params | None, groups: int, like: Tensor) -
 
 def make_plan(
     a: Tensor, b: Tensor, sparsity: float | Sequence[float], kernel: str, sparsify: str, groups: int,
-    scope: str, dropout: float,
+    scope: str, dropout: float = 0.0, workspace_bytes: int | None = None,
 ) -> Plan:  # fmt: skip
     """Check the factors and the names; ValueError says which argument, its value and what is allowed."""
     check_choice("kernel", kernel, kernels.KERNELS)
@@ -157,7 +200,9 @@ def make_plan(
     for s in each:
         if not 0 <= s < 1:  # also refuses NaN
             raise ValueError(f"sparsity must lie in [0, 1), the fraction of delta that is zero; got {s!r}")
-    return Plan(kernel, sparsify, groups, scope, tuple(float(s) for s in each), dropout)
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes must be a positive number of bytes or None; got {workspace_bytes!r}")
+    return Plan(kernel, sparsify, groups, scope, tuple(float(s) for s in each), dropout, workspace_bytes or 0)
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:

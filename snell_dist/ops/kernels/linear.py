@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+AXIS = "rows"
+LIVE = 4
 DENSE_AT_ZERO = True
 SEGMENTS = 1
 PARAMS: dict[str, float] = {}
