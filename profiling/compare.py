@@ -88,7 +88,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
             r["method"],
             f"{r['trainable_parameters']:,} ({r['trainable_parameters'] / r['parameters']:.1%})",
             f"{r['test_accuracy']:.1%}",
-            f"{r['median_step_s'] * 1000:.1f} ms",
+            "not measured" if r["median_step_s"] is None else f"{r['median_step_s'] * 1000:.1f} ms",
             "not measured" if r["peak_memory_mib"] is None else f"{r['peak_memory_mib']:.1f} MiB",
         ]
         for r in results
@@ -123,7 +123,7 @@ def adapted_model(result: dict[str, Any]) -> tuple[Any, Any, Any]:
     from snell_dist.build import build
     from snell_dist.checkpoint import ADAPTER, load_adapter
     from snell_dist.config import load
-    from snell_dist.train import Run
+    from snell_dist.run_config import Run
 
     folder = Path(result["folder"])
     built = build(load(str(folder / "config.yaml"), [], Run).config, result["base_weights"], torch.device("cpu"))
@@ -169,7 +169,7 @@ def draw_costs(axes: Any, results: list[dict[str, Any]]) -> None:
     panels = [
         ("Test accuracy (%)", lambda r: 100 * r["test_accuracy"], "{:.1f}"),
         ("Trainable parameters", lambda r: r["trainable_parameters"], "{:,.0f}"),
-        ("Median step (ms)", lambda r: 1000 * r["median_step_s"], "{:.1f}"),
+        ("Median step (ms)", lambda r: 1000 * (r["median_step_s"] or 0), "{:.1f}"),
         ("Peak memory (MiB)", lambda r: r["peak_memory_mib"] or 0, "{:.1f}"),
     ]
     for ax, (title, value, form) in zip(axes, panels, strict=True):

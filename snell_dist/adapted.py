@@ -6,13 +6,23 @@ open_clip made them, and sharded engines gather weight and factors together arou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from snell_dist.methods import LinearMethod
+
+class Delta(Protocol):
+    """What the layer asks of its method; see `methods.LinearMethod`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def factors(self, in_features: int, out_features: int, groups: int) -> dict[str, Tensor]: ...
+
+    def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor: ...
+
+    def delta(self, layer: AdaptedLinear) -> Tensor: ...
 
 
 class AdaptedLinear(nn.Linear):
@@ -25,7 +35,7 @@ class AdaptedLinear(nn.Linear):
     a: nn.Parameter  # [in, groups * rank]
     b: nn.Parameter  # [out, rank]
 
-    def __init__(self, linear: nn.Linear, method: LinearMethod, groups: int = 1) -> None:
+    def __init__(self, linear: nn.Linear, method: Delta, groups: int = 1) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias

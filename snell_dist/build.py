@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from snell_dist import dist, log, methods, optim, remat
 from snell_dist.backbones import Backbone
 from snell_dist.config import ConfigError, Problem
 from snell_dist.data import Splits
-
-if TYPE_CHECKING:
-    import torch
-
-    from snell_dist.engines import Engine
-    from snell_dist.train import Run
+from snell_dist.engines import Engine
+from snell_dist.run_config import Run
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from snell_dist import dist
 from snell_dist.backbones import read_tensors
 from snell_dist.config import UserError
@@ -97,16 +100,12 @@ def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, whole or absent, on the disk when this returns."""
-    from safetensors.torch import save_file
-
     temporary = file.with_name(f".{file.name}.tmp")
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
     _sync(temporary)

@@ -22,16 +22,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     try:
         return args.command(args)
+    except BrokenPipeError:  # `snell config show demo | head`
+        sys.stdout = None
+        return 0
     except UserError as error:
         for line in str(error).splitlines():
             print(f"snell: {line}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"snell: {error.filename}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("snell: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `snell config show demo | head`
-        sys.stdout = None
-        return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,11 +86,11 @@ def _takes_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from snell_dist.config import load
-    from snell_dist.train import Run
+    from snell_dist.run_config import Run
 
     loaded = load(args.config, args.overrides, Run)
-    from snell_dist import dist, log
-    from snell_dist.train import run
+    from snell_dist import dist, log  # after the check: what follows imports torch
+    from snell_dist.job import run
 
     log.set_up()
     outcome = run(loaded, args.out, args.resume, args.folder)
@@ -118,7 +123,7 @@ def _config_show(args: argparse.Namespace) -> int:
     import yaml
 
     from snell_dist.config import load
-    from snell_dist.train import Run
+    from snell_dist.run_config import Run
 
     print(yaml.safe_dump(load(args.config, args.overrides, Run).config.model_dump(), sort_keys=False), end="")
     return 0
@@ -146,7 +151,7 @@ def _config_schema(args: argparse.Namespace) -> int:
     import json
 
     from snell_dist.config import full_schema
-    from snell_dist.train import Run
+    from snell_dist.run_config import Run
 
     print(json.dumps(full_schema(Run), indent=2))
     return 0

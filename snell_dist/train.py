@@ -1,4 +1,4 @@
-"""Training: the run's configuration, and the loop."""
+"""Training: the loop, from the newest checkpoint to the end or to a request to stop."""
 
 from __future__ import annotations
 
@@ -6,48 +6,19 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
+import torch
+from torch.nn.functional import cross_entropy
 
-from snell_dist import dist, log, optim, run_folder
-from snell_dist.backbones import BackboneSection
-from snell_dist.config import ConfigError, Loaded, Plugin, Section, UserError, load
-from snell_dist.data import DataSection, micro_batches
-from snell_dist.engines import EngineSection
-from snell_dist.methods import Method
+from snell_dist import checkpoint, dist, log, optim, run_folder
+from snell_dist.build import Built
+from snell_dist.config import UserError
+from snell_dist.data import PADDING, micro_batches
+from snell_dist.evaluate import evaluate
+from snell_dist.memory.record import PeakMemory, process_mib
 from snell_dist.observe import Moment, Observer, StepTimer
-from snell_dist.optim import Optim
-from snell_dist.remat import Remat
-
-if TYPE_CHECKING:
-    import torch
-
-    from snell_dist.build import Built
-
-
-class Train(Section):
-    steps: int = Field(ge=1, description="optimizer steps")
-    seed: int = Field(0, ge=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    log_every: int = Field(10, ge=1, description="steps")
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between looks at the validation images; null: only at the end"
-    )
-    save_every: int = Field(100, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
-
-
-class Run(Section):
-    """One training run. Every section's schema is in the file that it configures."""
-
-    backbone: Annotated[BackboneSection, Plugin("backbones")]
-    method: Annotated[Method, Plugin("methods")]
-    data: Annotated[DataSection, Plugin("data")]
-    engine: Annotated[EngineSection, Plugin("engines", default="ddp")]
-    remat: Remat = Remat()
-    optim: Optim = Optim()
-    train: Train
+from snell_dist.run_config import Run
 
 
 @dataclass(frozen=True)
@@ -62,70 +33,8 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | None = None) -> Outcome:
-    """Trains a configuration in a folder of its own under `out`, or in `folder`; with `resume`, continues there.
-
-    Raises ConfigError (with the lines of the keys) or UserError before anything is written.
-    """
-    device = dist.pick_device(loaded.config.train.device)
-    with dist.process_group(device):
-        return _run(loaded, out, resume, folder, device, ())
-
-
-def _run(
-    loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
-) -> Outcome:
-    from snell_dist.build import build, say
-    from snell_dist.checkpoint import ADAPTER
-
-    config = loaded.config
-    place = run_folder.choose(out, loaded.name, config, resume, folder) if dist.rank() == 0 else None
-    place = dist.broadcast_object(place)
-    if place is not None and run_folder.is_complete(place):
-        log.info(f"{place} is complete, nothing to do")
-        return Outcome(place, False, run_folder.read_summary(place))
-    weights = config.backbone.weights
-    if weights is not None and weights.startswith("config:"):
-        base = _base(weights.removeprefix("config:"), out, device, (*above, loaded.name))
-        if base is None:
-            return Outcome(None, interrupted=True, summary={})
-        weights = str(base / ADAPTER)
-    try:
-        built = build(config, weights, device)
-    except ConfigError as error:
-        raise loaded.locate(error) from None
-    if dist.rank() == 0:
-        place = place or run_folder.create(out, loaded.name, config, folder)
-    place = dist.broadcast_object(place)
-    with run_folder.lock(place), log.also_to(place / "train.log"):
-        log.info(f"run folder {place}")
-        say(config, built, device)
-        if dist.rank() == 0:
-            run_folder.record_attempt(place, config.train.seed, str(device))
-        return train(config, place, built, device)
-
-
-def _base(name: str, out: Path, device: torch.device, above: tuple[str, ...]) -> Path | None:
-    """The complete run of the configuration that makes the base weights, trained first where there is none.
-
-    None where that training was interrupted.
-    """
-    base = load(name, [], Run)
-    if base.name in above:
-        raise UserError(f"backbone.weights = 'config:{name}': the configurations start from each other in a circle")
-    place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
-    place = dist.broadcast_object(place)
-    if place is None or not run_folder.is_complete(place):
-        log.info(f"the base {name} is not trained yet: training it first")
-        outcome = _run(base, out, place is not None, place, device, above)
-        return None if outcome.interrupted else outcome.folder
-    return place
-
-
 def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
     """Trains in a run folder, from its newest checkpoint if it has one, to the end or to a request to stop."""
-    from snell_dist import checkpoint
-
     start = checkpoint.resume(folder, built.engine)
     if start:
         log.info(f"resumed after step {start} of {config.train.steps}")
@@ -153,16 +62,9 @@ def loop(
     stop: dist.StopRequest,
 ) -> int:
     """The training steps from `start` on. Returns the number of steps done."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from snell_dist import checkpoint
-    from snell_dist.data import PADDING
-    from snell_dist.evaluate import evaluate
-    from snell_dist.memory.record import process_mib
-
     cfg, engine, splits = config.train, built.engine, built.splits
     engine.model.train()
+    done = start
     for step in range(start, cfg.steps):
         # one step: images [B, C, H, W], the mean loss over the whole batch, one update
         timer.start()
@@ -181,23 +83,24 @@ def loop(
         timer.stop()
 
         # what is said, looked at, saved
-        last, metrics = step + 1 == cfg.steps, {}
-        if (step + 1) % cfg.log_every == 0 or last:
+        done, metrics = step + 1, {}
+        last = done == cfg.steps
+        if done % cfg.log_every == 0 or last:
             metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
             metrics["process_mib"] = process_mib(engine.device)
             metrics["step_s"] = statistics.median(timer.drain()[-cfg.log_every :])
             check_finite(metrics["loss"], step)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+        if cfg.eval_every and done % cfg.eval_every == 0:
             measured = evaluate(engine, splits.val, len(splits.classes), config.data.batch_size)
             metrics |= {f"val_{key}": value for key, value in measured.items()}
         for observer in observers:
             observer.on_step(Moment(step, metrics))
         stopping = stop.agreed(engine.device)
-        if last or stopping or (step + 1) % cfg.save_every == 0:
-            checkpoint.save(folder, engine, step + 1, cfg.keep)
+        if last or stopping or done % cfg.save_every == 0:
+            checkpoint.save(folder, engine, done, cfg.keep)
         if stopping:
             break
-    return step + 1
+    return done
 
 
 def check_gradients(built: Built) -> None:
@@ -220,8 +123,6 @@ def check_finite(loss: float, step: int) -> None:
 
 
 def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Observer]:
-    from snell_dist.memory.record import PeakMemory
-
     observers: list[Observer] = [PeakMemory(built.engine, start)]
     if dist.rank() == 0:
         observers += [log.MetricsFile(folder / "metrics.jsonl", start), log.Progress(start, config.train.steps)]
@@ -230,8 +131,6 @@ def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Obse
 
 def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
     """The one look at the test images, and the run's figures."""
-    from snell_dist.evaluate import evaluate
-
     classes, batch_size = len(built.splits.classes), config.data.batch_size
     test = evaluate(built.engine, built.splits.test, classes, batch_size)
     val = evaluate(built.engine, built.splits.val, classes, batch_size)
@@ -254,8 +153,6 @@ def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
 
 
 def _finish(config: Run, folder: Path, built: Built, summary: dict[str, Any]) -> None:
-    from snell_dist import checkpoint
-
     if dist.rank() == 0:
         file, classes = folder / checkpoint.ADAPTER, built.splits.classes
         checkpoint.save_adapter(file, built.engine.model, built.trainable, built.backbone, config.method, classes)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from snell_dist.checkpoint import ADAPTER
 from snell_dist.config import load
-from snell_dist.train import Outcome, Run, run
+from snell_dist.job import run
+from snell_dist.run_config import Run
+from snell_dist.train import Outcome
 
 # Small enough for a second on one core; everything else as in configs/demo.yaml.
 TINY = [

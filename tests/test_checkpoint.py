@@ -6,7 +6,7 @@ from conftest import TINY, train, trained
 
 from snell_dist.checkpoint import ADAPTER, load_adapter, read_metadata, save
 from snell_dist.config import UserError, load
-from snell_dist.train import Run
+from snell_dist.run_config import Run
 
 
 def test_an_adapter_file_gives_the_same_logits_on_the_same_base(tmp_path: Path) -> None:

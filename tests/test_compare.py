@@ -9,7 +9,7 @@ import yaml
 from conftest import ENVIRONMENT, TINY
 
 from snell_dist.config import load
-from snell_dist.train import Run
+from snell_dist.run_config import Run
 
 ROOT = Path(__file__).parent.parent
 

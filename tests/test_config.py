@@ -5,7 +5,7 @@ import pytest
 from conftest import TINY
 
 from snell_dist.config import ConfigError, UserError, full_schema, load, shipped
-from snell_dist.train import Run
+from snell_dist.run_config import Run
 
 
 def problems(source: str, *overrides: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_line_one_of_every_shipped_file_is_its_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_configuration_trains_a_step(name: str, tmp_path: Path) -> None:
-    from snell_dist.train import run
+    from snell_dist.job import run
 
     outcome = run(load(name, [*TINY, "train.steps=1"], Run), tmp_path)
     assert outcome.summary["steps"] == 1

@@ -13,8 +13,10 @@ FLOORS = [
     ["ops"],
     ["adapted"],
     ["backbones", "data", "engines", "memory", "methods", "optim", "remat"],
-    ["build", "checkpoint", "evaluate", "run_folder"],
+    ["checkpoint", "evaluate", "run_config", "run_folder"],
+    ["build"],
     ["train"],
+    ["job"],
     ["cli"],
     ["__main__"],
 ]

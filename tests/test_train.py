@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import ENVIRONMENT, TINY, command, snell, train, trained
+from safetensors.torch import load_file
 
 from snell_dist.config import UserError
 
@@ -124,10 +125,20 @@ def test_resume_refuses_another_runs_folder_and_finished_runs_stay(tmp_path: Pat
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
+def test_a_run_killed_between_its_last_step_and_its_summary_completes(tmp_path: Path) -> None:
+    whole = train(tmp_path, "method.rank=4")
+    for name in ("summary.json", "adapter.safetensors"):
+        (whole.folder / name).rename(tmp_path / name)
+    again = train(tmp_path, "method.rank=4", resume=True)
+    assert again.summary["test_accuracy"] == whole.summary["test_accuracy"]
+    assert equal(trained(again.folder), load_file(tmp_path / "adapter.safetensors"))
+
+
 def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
     """`weights: config:NAME` on the demo itself, with its base made small."""
     from snell_dist.config import load
-    from snell_dist.train import Run, run
+    from snell_dist.job import run
+    from snell_dist.run_config import Run
 
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(load("demo/pretrain", TINY, Run).config.model_dump()))
@@ -146,7 +157,7 @@ def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
 def test_what_is_frozen_stays_as_it_was(tmp_path: Path) -> None:
     from snell_dist.build import build
     from snell_dist.config import load
-    from snell_dist.train import Run
+    from snell_dist.run_config import Run
     from snell_dist.train import train as train_built
 
     config = load("demo", [*TINY, "method.rank=4"], Run).config

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from snell_dist.engines import Engine
     from snell_dist.observe import Moment
 
@@ -31,8 +31,6 @@ class PeakMemory:
     def on_step(self, moment: Moment) -> None:
         kind = self._engine.device.type
         if kind == "cuda":
-            import torch
-
             self.peak_mib = torch.cuda.max_memory_allocated() / MIB
         elif kind == "cpu":
             if self._profiler is not None:
@@ -54,8 +52,6 @@ class PeakMemory:
 def process_mib(device: torch.device) -> float:
     """The highest so far: on CUDA what the allocator gave out, elsewhere the process's resident memory."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device) / MIB
     import resource
 
@@ -85,6 +81,4 @@ def peak_of(profiler: torch.profiler.profile) -> int:
 
 
 def _memory_profiler() -> torch.profiler.profile:
-    import torch
-
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
