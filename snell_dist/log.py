@@ -33,6 +33,7 @@ def console() -> Console:
 
 def set_up() -> None:
     """Sends messages of rank 0 to the terminal; other ranks only warn."""
+    LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
     if sys.stderr.isatty():

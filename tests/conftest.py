@@ -29,6 +29,7 @@ TINY = [
     "train.save_every=2",
     "train.device=cpu",
 ]
+ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

@@ -4,21 +4,36 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, snell
+from conftest import ROOT, TINY, snell
+
+from snell_dist.cli import main
 
 
-def error(*arguments: str | Path, cwd: Path | None = None) -> list[str]:
-    done = snell(*arguments, cwd=cwd)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()
+@pytest.fixture
+def error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """Runs the command in an empty folder; returns the lines that it says when it ends with status 2."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> list[str]:
+        try:
+            status = main(list(map(str, arguments)))
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr().err
+        assert status == 2, said
+        return said.splitlines()
+
+    return run
 
 
 def test_a_misspelt_key_exits_2_and_suggests_the_right_one() -> None:
-    (line,) = error("train", "demo", "method.rnak=8")
+    done = snell("train", ROOT / "configs/demo.yaml", "method.rnak=8")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith("snell: command line: method.rnak = 8: unknown key, did you mean 'rank'?")
 
 
@@ -50,56 +65,58 @@ def test_help_and_config_errors_do_not_import_torch() -> None:
         (["backbone.weights=config:dmeo"], "did you mean 'demo'?"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(overrides: list[str], message: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(
+    overrides: list[str], message: str, tmp_path: Path, error: Callable
+) -> None:
     import torch
 
     if "cuda" in str(overrides) and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    (line,) = error("train", "demo", *TINY, *overrides, cwd=tmp_path)
+    (line,) = error("train", "demo", *TINY, *overrides)
     assert message in line
     assert not any(tmp_path.iterdir())
 
 
-def test_a_truncated_weights_file_is_named(tmp_path: Path) -> None:
+def test_a_truncated_weights_file_is_named(tmp_path: Path, error: Callable) -> None:
     import torch
     from safetensors.torch import save_file
 
     file = tmp_path / "base.safetensors"
     save_file({"a": torch.ones(1000)}, file)
-    (line,) = error("train", "demo", *TINY, f"backbone.weights={file}", cwd=tmp_path)
+    (line,) = error("train", "demo", *TINY, f"backbone.weights={file}")
     assert f"{file} lacks cls_token" in line
     os.truncate(file, 500)
-    (line,) = error("train", "demo", *TINY, f"backbone.weights={file}", cwd=tmp_path)
+    (line,) = error("train", "demo", *TINY, f"backbone.weights={file}")
     assert line.startswith(f"snell: {file}: not a whole safetensors file")
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path, error: Callable) -> None:
     (tmp_path / "runs").write_text("a file")
-    (line,) = error("train", "demo", *TINY, cwd=tmp_path)
+    (line,) = error("train", "demo", *TINY)
     assert "cannot make a run folder there" in line
 
 
-def test_unknown_options_and_words() -> None:
+def test_unknown_options_and_words(error: Callable) -> None:
     assert "unrecognized arguments: --resum" in "".join(error("train", "demo", "--resume", "--resum-me"))
     assert "expected key=value" in "".join(error("train", "demo", "rank"))
     assert "did you mean 'demo'?" in "".join(error("train", "dmeo"))
     assert "COMMAND" in "".join(error())
 
 
-def test_overrides_may_stand_behind_options(tmp_path: Path) -> None:
+def test_overrides_may_stand_behind_options(tmp_path: Path, error: Callable) -> None:
     (line,) = error("train", "demo", "--out", tmp_path, "method.rnak=8")
     assert "did you mean 'rank'?" in line
 
 
-def test_config_verbs_work_anywhere(tmp_path: Path) -> None:
+def test_config_verbs_work_anywhere(tmp_path: Path, error: Callable) -> None:
     listed = snell("config", "ls", cwd=tmp_path).stdout
     assert {"demo", "demo/lora", "demo/pretrain"} <= {line.split()[0] for line in listed.splitlines()}
     assert snell("config", "cp", "demo/lora", "mine.yaml", cwd=tmp_path).stdout == "mine.yaml\n"
     shown = snell("config", "show", "mine.yaml", "method.rank=2", cwd=tmp_path).stdout
     assert "rank: 2" in shown
     assert "name: lora" in shown
-    assert "exists and stays as it is" in "".join(error("config", "cp", "demo/lora", "mine.yaml", cwd=tmp_path))
-    assert "did you mean 'demo/lora'?" in "".join(error("config", "cp", "demo/lroa", cwd=tmp_path))
+    assert "exists and stays as it is" in "".join(error("config", "cp", "demo/lora", "mine.yaml"))
+    assert "did you mean 'demo/lora'?" in "".join(error("config", "cp", "demo/lroa"))
     assert json.loads(snell("config", "schema", cwd=tmp_path).stdout)["properties"]["method"]
 
 

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import ENVIRONMENT, TINY
+from conftest import ENVIRONMENT, ROOT, TINY
 
 from snell_dist.config import load
 from snell_dist.run_config import Run
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_methods_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:

@@ -13,7 +13,12 @@ import yaml
 from conftest import ENVIRONMENT, TINY, command, snell, train, trained
 from safetensors.torch import load_file
 
-from snell_dist.config import UserError
+from snell_dist.backbones import read_tensors
+from snell_dist.build import build
+from snell_dist.config import UserError, load
+from snell_dist.job import run
+from snell_dist.run_config import Run
+from snell_dist.train import train as train_built
 
 METHODS = ["snell", "lora", "full", "linear"]
 
@@ -136,10 +141,6 @@ def test_a_run_killed_between_its_last_step_and_its_summary_completes(tmp_path: 
 
 def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
     """`weights: config:NAME` on the demo itself, with its base made small."""
-    from snell_dist.config import load
-    from snell_dist.job import run
-    from snell_dist.run_config import Run
-
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(load("demo/pretrain", TINY, Run).config.model_dump()))
     overrides = [*TINY, f"backbone.weights=config:{base}"]
@@ -148,18 +149,27 @@ def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "base").iterdir()] == ["001"]
     assert first.summary["base_sha256"] == second.summary["base_sha256"]
     weights = trained(tmp_path / "base" / "001")
-    from snell_dist.backbones import read_tensors
-
     assert first.summary["base_weights"] == str(tmp_path / "base" / "001" / "adapter.safetensors")
     assert weights.keys() == read_tensors(Path(first.summary["base_weights"])).keys()
 
 
-def test_what_is_frozen_stays_as_it_was(tmp_path: Path) -> None:
-    from snell_dist.build import build
-    from snell_dist.config import load
-    from snell_dist.run_config import Run
-    from snell_dist.train import train as train_built
+def test_a_base_that_was_interrupted_continues_when_the_command_is_repeated(tmp_path: Path) -> None:
+    base = load("demo/pretrain", [*TINY, "train.steps=300", "train.save_every=300"], Run).config.model_dump()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    arguments = ["train", "demo/linear", *TINY, "backbone.weights=config:base.yaml"]
+    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "runs/base/001/metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "--resume" not in said.splitlines()[-1]
+    again = snell(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in again.stderr
+    assert [p.name for p in (tmp_path / "runs/base").iterdir()] == ["001"]
 
+
+def test_what_is_frozen_stays_as_it_was(tmp_path: Path) -> None:
     config = load("demo", [*TINY, "method.rank=4"], Run).config
     built = build(config, None, torch.device("cpu"))
     before = {name: p.clone() for name, p in built.engine.model.named_parameters()}

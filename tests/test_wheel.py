@@ -7,9 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, TINY
-
-ROOT = Path(__file__).parent.parent
+from conftest import ENVIRONMENT, ROOT, TINY
 
 
 @pytest.fixture(scope="module")
