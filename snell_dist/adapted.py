@@ -6,7 +6,7 @@ open_clip made them, and sharded engines gather weight and factors together arou
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class Delta(Protocol):
     def name(self) -> str: ...
 
     def factors(self, in_features: int, out_features: int, groups: int) -> dict[str, Tensor]: ...
+
+    def memory(self) -> Any: ...
 
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor: ...
 
@@ -40,6 +42,7 @@ class AdaptedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.method, self.groups = method, groups
+        self.memory = method.memory()
         factors = method.factors(self.in_features, self.out_features, groups)
         self.factor_names = tuple(factors)
         for name, factor in factors.items():

@@ -15,24 +15,22 @@ from safetensors.torch import load_file
 
 from snell_dist.backbones import read_tensors
 from snell_dist.build import build
-from snell_dist.config import UserError, load
+from snell_dist.config import Plugin, UserError, load
 from snell_dist.job import run
 from snell_dist.run_config import Run
 from snell_dist.train import train as train_built
-
-METHODS = ["snell", "lora", "full", "linear"]
 
 
 def equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", Plugin("methods").names())
 def test_interrupted_and_resumed_is_bit_equal_to_uninterrupted(method: str, tmp_path: Path) -> None:
     """Dropout and stochastic depth are on: randomness must continue, too."""
     options = ["backbone.drop_path=0.3", f"method.name={method}"]
-    if method in ("snell", "lora"):
-        options += ["method.dropout=0.2", "method.rank=4"]
+    fields = Plugin("methods").find(method).model_fields
+    options += [f"method.{key}={value}" for key, value in {"dropout": 0.2, "rank": 4}.items() if key in fields]
     whole = train(tmp_path / "whole", *options)
     parts = tmp_path / "parts"
     first = train(parts, *options)

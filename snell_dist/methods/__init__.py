@@ -51,6 +51,10 @@ class LinearMethod(Method):
         """Initial factors of one layer, each [features, n], float32. ConfigError where they do not fit it."""
         raise NotImplementedError
 
+    def memory(self) -> Any:
+        """What a layer keeps between calls to save work; results never depend on it."""
+        return None
+
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""
         raise NotImplementedError

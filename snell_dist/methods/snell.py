@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from snell_dist.adapted import AdaptedLinear
+    from snell_dist.ops import ThresholdState
 
 
 class Snell(LinearMethod):
@@ -54,6 +55,11 @@ class Snell(LinearMethod):
         a, b = ops.init_factors(in_features, out_features, self.rank, groups)
         return {"a": a, "b": b}
 
+    def memory(self) -> ThresholdState:
+        from snell_dist import ops
+
+        return ops.ThresholdState()
+
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         from snell_dist import ops
 
@@ -69,6 +75,7 @@ class Snell(LinearMethod):
             dropout=self.dropout,
             drop_path=self.drop_path,
             training=layer.training,
+            state=layer.memory,
         )
 
     def delta(self, layer: AdaptedLinear) -> Tensor:
