@@ -12,6 +12,7 @@ in the last place of a bfloat16 weight 1e-4). Drop path alone merges: kept sampl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import keep_scale
 from snell_dist.ops.threshold import bracket_of, by_bracket, by_radix
-from snell_dist.ops.tiles import Matrix, Tile
+from snell_dist.ops.tiles import Block, Matrix
 
 # A run of samples with one drop-path fate becomes a product of its own; shorter ones are not worth it.
 LEAST_RUN = 64
@@ -77,33 +78,43 @@ def factor_(magnitude: Tensor, threshold: Tensor, sparsify: str) -> Tensor:
     return magnitude if sparsify == "released" else magnitude.sign_()
 
 
-def _factor(k: Tensor, group: int, found: Tensor | None, plan: Plan) -> Tensor | None:
-    """f of a tile, as a new tensor; None for 1."""
-    if found is None or plan.dense(plan.sparsity_of(group)):
-        return None
-    return factor_(k.abs(), found[group], plan.sparsify)
+def fill(
+    out: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Writes weight + scale delta of a block (or delta alone) into the front of `out`, tile by tile."""
+    part = _front(out, block)
+    for tile in matrix.tiles(block):
+        k, target = matrix.build(tile), tile.of(part, block)
+        base = None if weight is None else weight[tile.rows, tile.cols]
+        factor = None
+        if found is not None and not matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
+            factor = factor_(matrix.magnitude(tile, k), found[tile.group], matrix.plan.sparsify)
+        if factor is not None and base is not None and base.dtype == k.dtype == target.dtype:
+            torch.addcmul(base, k, factor, value=scale, out=target)
+            continue
+        delta = k if factor is None else k.mul_(factor)
+        if scale != 1:
+            delta.mul_(scale)
+        target.copy_(delta if base is None else delta.add_(base))
+    return part
 
 
-def _delta_(k: Tensor, factor: Tensor | None) -> Tensor:
-    return k if factor is None else k.mul_(factor)
+def _front(memory: Tensor, block: Block) -> Tensor:
+    """The block's shape at the front of a flat buffer."""
+    rows, cols = block.rows.stop - block.rows.start, block.cols.stop - block.cols.start
+    return memory[: rows * cols].view(rows, cols)
 
 
-def _merge_(k: Tensor, factor: Tensor | None, weight: Tensor, scale: float) -> Tensor:
-    """weight + scale k factor, in place of k."""
-    if factor is not None and weight.dtype == k.dtype:
-        return torch.addcmul(weight, k, factor, value=scale, out=k)
-    delta = _delta_(k, factor)
-    return (delta.mul_(scale) if scale != 1 else delta).add_(weight)
+def _buffer(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Room for the largest block [elements]."""
+    most = max(((b.rows.stop - b.rows.start) * (b.cols.stop - b.cols.start) for b in matrix.blocks()), default=0)
+    return matrix.like.new_empty(most, dtype=dtype)
 
 
 def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, found: Tensor | None, plan: Plan) -> Tensor:
     """delta [out, in], tile by tile."""
-    matrix = Matrix(a, b, params, plan)
-    delta = b.new_empty(len(b), len(a))
-    for tile in matrix.tiles():
-        k = matrix.build(tile)
-        delta[tile.rows, tile.cols] = _delta_(k, _factor(k, tile.group, found, plan))
-    return delta
+    whole = Block(slice(0, len(b)), slice(0, len(a)))
+    return fill(b.new_empty(len(b) * len(a)), whole, Matrix(a, b, params, plan), found)
 
 
 def runs(path: Tensor | None, tokens: int) -> list[tuple[slice, float]] | None:
@@ -129,18 +140,36 @@ def input_scale(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan)
     return by_sample if scale is None else scale.mul_(by_sample)
 
 
-def _mergeable(x: Tensor, seed: Tensor | None) -> bool:
-    return seed is None and x.element_size() >= 4
-
-
-def _add_product(out: Tensor, one: Tensor, two: Tensor, first: bool) -> None:
-    """out = one two, or out += one two; a wider `out` collects half-precision products in its own precision."""
+def _add_product(out: Tensor, one: Tensor, two: Tensor, first: bool, alpha: float = 1.0) -> None:
+    """out = alpha one two, or out += it; a wider `out` collects half-precision products in its own precision."""
     if out.dtype != one.dtype:
         out.copy_(one @ two) if first else out.add_(one @ two)
-    elif first:
+    elif first and alpha == 1:
         torch.mm(one, two, out=out)
     else:
-        out.addmm_(one, two)
+        torch.addmm(out, one, two, beta=not first, alpha=alpha, out=out)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one call multiplies: runs of tokens with one scale if merged, else the separate delta's input."""
+
+    flat: Tensor  # x [tokens, in]
+    parts: list[tuple[slice, float]] | None
+    scale: Tensor | None
+    changed: Tensor  # x S [tokens, in]
+
+    @property
+    def kept(self) -> float:
+        """What drop path multiplies the delta of kept samples by."""
+        return next((scale for _, scale in self.parts or () if scale), 1.0)
+
+
+def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan) -> Shape:
+    flat = x.reshape(-1, x.shape[-1])
+    parts = runs(path, len(flat)) if seed is None and x.element_size() >= 4 else None
+    scale = None if parts is not None else input_scale(x, seed, path, plan)
+    return Shape(flat, parts, scale, flat if scale is None else (x * scale).view_as(flat))
 
 
 def forward(
@@ -148,39 +177,22 @@ def forward(
     found: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan,
 ) -> Tensor:  # fmt: skip
     """x [..., in] -> y [..., out] in x's dtype; found: thresholds [groups] or None where all is dense."""
-    matrix = Matrix(a, b, params, plan)
-    flat = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(len(flat), len(weight))
-    parts = runs(path, len(flat)) if _mergeable(x, seed) else None
-    scale = None if parts else input_scale(x, seed, path, plan)
-    changed = flat if scale is None else (x * scale).view_as(flat)
-    for tile in matrix.tiles():
-        k = matrix.build(tile)
-        factor = _factor(k, tile.group, found, plan)
-        base, first, out = weight[tile.rows, tile.cols], tile.cols.start == 0, y[:, tile.rows]
-        if parts is None:
-            _add_product(out, flat[:, tile.cols], base.to(x.dtype).t(), first)
-            out.addmm_(changed[:, tile.cols], _delta_(k, factor).to(x.dtype).t())
-        else:
-            _forward_merged(out, flat[:, tile.cols], k, factor, base, parts, first)
+    how = _shape(x, seed, path, plan)
+    y = x.new_empty(len(how.flat), len(weight))
+    matrix = Matrix(a, b, params, plan, spare=y if y.dtype == b.dtype else None)
+    buffer = _buffer(matrix, x.dtype)
+    for block in matrix.blocks():
+        base = weight[block.rows, block.cols]
+        part = fill(buffer, block, matrix, found, None if how.parts is None else weight, how.kept)
+        out, flat, first = y[:, block.rows], how.flat[:, block.cols], block.cols.start == 0
+        for span, scale in how.parts or ():
+            _add_product(out[span], flat[span], (part if scale else base.to(x.dtype)).t(), first)
+        if how.parts is None:
+            _add_product(out, flat, base.to(x.dtype).t(), first)
+            out.addmm_(how.changed[:, block.cols], part.t())
     if bias is not None:
         y.add_(bias)
     return y.view(*x.shape[:-1], len(weight))
-
-
-def _forward_merged(
-    out: Tensor,
-    x: Tensor,
-    k: Tensor,
-    factor: Tensor | None,
-    base: Tensor,
-    parts: list[tuple[slice, float]],
-    first: bool,
-) -> None:
-    kept = next((scale for _, scale in parts if scale), 1.0)
-    whole = _merge_(k, factor, base, kept).to(x.dtype)
-    for span, scale in parts:
-        _add_product(out[span], x[span], (whole if scale else base.to(x.dtype)).t(), first)
 
 
 def backward(
@@ -188,49 +200,43 @@ def backward(
     found: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x [..., in] (empty if not needed), a, b, params, given gy [..., out]."""
-    matrix = Matrix(a, b, params, plan)
-    flat, up = x.reshape(-1, x.shape[-1]), gy.reshape(-1, gy.shape[-1])
-    parts = runs(path, len(flat)) if _mergeable(x, seed) else None
-    scale = None if parts else input_scale(x, seed, path, plan)
-    changed = flat if scale is None else (x * scale).view_as(flat)
-    # Tiles add up in gx; half precision would round at each of them.
-    gx = torch.empty(flat.shape if needs_x else 0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for tile in matrix.tiles():
-        k = matrix.build(tile, keep=True)
-        factor = _factor(k, tile.group, found, plan)
-        first, down = tile.rows.start == 0, up[:, tile.rows]
-        grad = k if k.dtype == x.dtype else k.new_empty(k.shape, dtype=x.dtype)
-        if parts is None:
-            if needs_x:
-                _add_product(gx[:, tile.cols], down, _delta_(k, factor).to(x.dtype), first)
-            torch.mm(down.t(), changed[:, tile.cols], out=grad)
+    how, up = _shape(x, seed, path, plan), gy.reshape(-1, gy.shape[-1])
+    # Blocks add up in gx; half precision would round at each of them.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gx = torch.empty(how.flat.shape if needs_x else 0, dtype=wide, device=x.device)
+    matrix = Matrix(a, b, params, plan, spare=gx if needs_x and gx.dtype == b.dtype else None)
+    buffer = _buffer(matrix, x.dtype)
+    for block in matrix.blocks():
+        down, first = up[:, block.rows], block.rows.start == 0
+        grad = _front(buffer, block)
+        if how.parts is None:
+            torch.mm(down.t(), how.changed[:, block.cols], out=grad)
         else:
-            _backward_merged(gx, down, flat, k, factor, weight[tile.rows, tile.cols], parts, tile, first, grad)
-        wide = grad.to(k.dtype)
-        matrix.engines[tile.group].backward(wide if factor is None else wide.mul_(factor))
-    if needs_x and parts is None:
-        if scale is not None:
-            gx.view(x.shape).mul_(scale)
-        for tile in matrix.tiles():
-            _add_product(gx[:, tile.cols], up[:, tile.rows], weight[tile.rows, tile.cols].to(x.dtype), False)
+            spans = [span for span, scale in how.parts if scale]
+            for i, span in enumerate(spans):
+                _add_product(grad, down[span].t(), how.flat[span, block.cols], i == 0, how.kept)
+            if not spans:
+                grad.zero_()
+        _factor_gradients(grad, block, matrix, found)
+        if needs_x:
+            part = fill(buffer, block, matrix, found, None if how.parts is None else weight, how.kept)
+            target, base = gx[:, block.cols], weight[block.rows, block.cols]
+            for span, scale in how.parts or [(slice(None), 1.0)]:
+                _add_product(target[span], down[span], part if scale else base.to(x.dtype), first)
+    if needs_x and how.parts is None:
+        if how.scale is not None:
+            gx.view(x.shape).mul_(how.scale)
+        for block in matrix.blocks():
+            base = weight[block.rows, block.cols].to(x.dtype)
+            _add_product(gx[:, block.cols], up[:, block.rows], base, False)
     grad_a, grad_b, grad_params = matrix.gradients()
     return gx.view(x.shape if needs_x else 0).to(x.dtype), grad_a, grad_b, grad_params
 
 
-def _backward_merged(
-    gx: Tensor, down: Tensor, x: Tensor, k: Tensor, factor: Tensor | None, base: Tensor,
-    parts: list[tuple[slice, float]], tile: Tile, first: bool, grad: Tensor,
-) -> None:  # fmt: skip
-    """Adds to gx, and writes dL/d(delta) of the tile into `grad`, which may be k itself."""
-    kept = next((scale for _, scale in parts if scale), 1.0)
-    if gx.numel():
-        whole = _merge_(k, factor, base, kept).to(x.dtype)
-        for span, scale in parts:
-            _add_product(gx[span, tile.cols], down[span], whole if scale else base.to(x.dtype), first)
-    begun = False
-    for span, scale in parts:
-        if scale:
-            torch.addmm(grad, down[span].t(), x[span, tile.cols], beta=begun, alpha=kept, out=grad)
-            begun = True
-    if not begun:
-        grad.zero_()
+def _factor_gradients(grad: Tensor, block: Block, matrix: Matrix, found: Tensor | None) -> None:
+    """From dL/d(delta) of a block, which is overwritten, to the sums in the matrix's engines."""
+    for tile in matrix.tiles(block):
+        k, own = matrix.build(tile, keep=True), tile.of(grad, block).to(matrix.like.dtype)
+        if found is not None and not matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
+            own.mul_(factor_(k.abs_(), found[tile.group], matrix.plan.sparsify))
+        matrix.engines[tile.group].backward(own)

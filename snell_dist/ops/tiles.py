@@ -16,30 +16,46 @@ from torch import Tensor
 from snell_dist.ops import kernels
 from snell_dist.ops.plan import Plan
 
-# Products of fewer rows are slower, and more rows bring nothing but memory.
-MOST_ROWS = 768
-SAMPLE = 192  # rows and columns of the sub-matrix that is looked at to guess a threshold
+# A tile's elements: few enough that the passes over it stay in cache, enough that starting them costs nothing.
+TILE_ELEMENTS = 1 << 18
+SAMPLE = 160  # rows and columns of the sub-matrix that is looked at to guess a threshold
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of the whole weight and columns of it; `own` are the same rows counted in their group."""
+    """Rows and columns of the whole weight; `own` are the same rows counted in their group."""
 
     group: int
     rows: slice
     cols: slice
     own: slice
 
+    def of(self, tensor: Tensor, block: Block) -> Tensor:
+        """This tile's part of a tensor that holds the block."""
+        r, c = block.rows.start, block.cols.start
+        return tensor[self.rows.start - r : self.rows.stop - r, self.cols.start - c : self.cols.stop - c]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows and columns of the whole weight that go through the dense products together."""
+
+    rows: slice
+    cols: slice
+
 
 class Engine(Protocol):
     """One group's kernel: tiles of K, and gradients added up over tiles."""
 
-    def build(self, rows: slice, cols: slice, keep: bool) -> Tensor:
-        """K [rows, cols]; the caller may overwrite it. With `keep`, what `backward` needs stays until then."""
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None) -> Tensor:
+        """K [rows, cols], which the caller may overwrite. With `keep`, what `backward` needs stays until then.
+
+        pool [SLOTS, rows, cols]: room for the result and what is kept; the last slot is the caller's without `keep`.
+        """
         ...
 
     def backward(self, grad: Tensor) -> None:
-        """Adds the gradient of the tile built last (with `keep`), given dL/dK, which may be overwritten."""
+        """Adds the gradient of the tile built last (with `keep`), given dL/dK."""
         ...
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -50,12 +66,14 @@ class Engine(Protocol):
 class GenericEngine:
     """Any kernel, through torch's own differentiation of its `merged` (by functions: autograd rests inside an op)."""
 
+    SLOTS = 0
+
     def __init__(self, kernel: Any, a: Tensor, b: Tensor, params: Tensor | None) -> None:
         self._kernel = kernel
         self._inputs = (a, b) if params is None else (a, b, params)
         self._sums = [torch.zeros_like(t) for t in self._inputs]
 
-    def build(self, rows: slice, cols: slice, keep: bool) -> Tensor:
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None) -> Tensor:
         def merged(a: Tensor, b: Tensor, *params: Tensor) -> Tensor:
             return self._kernel.merged(a[cols], b[rows], kernels.scalars(self._kernel, *params))
 
@@ -75,13 +93,15 @@ class GenericEngine:
 
 
 class Matrix:
-    """The tiles of one layer: a [in, groups*rank], b [out, rank], params [scalars, groups]."""
+    """The tiles of one layer: a [in, groups*rank], b [out, rank], params [scalars, groups].
 
-    def __init__(self, a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> None:
+    spare: memory of the factors' dtype that may be overwritten while tiles are made (an output not yet written).
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, params: Tensor | None, plan: Plan, spare: Tensor | None = None) -> None:
         self._kernel = kernels.find(plan.kernel)
-        self.plan, self.out_features, self.in_features = plan, len(b), len(a)
+        self.plan, self.like, self.out_features, self.in_features = plan, b, len(b), len(a)
         self.group_rows = len(b) // plan.groups
-        self.like = b
         self._parts = [
             (one, two, None if params is None else params[:, g])
             for g, (one, two) in enumerate(zip(a.chunk(plan.groups, 1), b.chunk(plan.groups, 0), strict=True))
@@ -90,39 +110,79 @@ class Matrix:
         self.engines: list[Engine] = [
             GenericEngine(self._kernel, *part) if make is None else make(*part) for part in self._parts
         ]
+        self._by_rows = self._kernel.AXIS == "rows"
+        self._size_tiles(GenericEngine.SLOTS if make is None else make.SLOTS, spare)
 
-    def tiles(self, groups: range | None = None) -> Iterator[Tile]:
-        """All tiles (of some groups), small enough for the plan's workspace."""
-        rows, cols = self.group_rows, self.in_features
-        by_rows = self._kernel.AXIS == "rows"
-        line, lines = (cols, rows) if by_rows else (rows, cols)
-        line_bytes = max(line * self.like.element_size() * self._kernel.LIVE, 1)
-        budget = self.plan.workspace or rows * cols * self.plan.groups * self.like.element_size()
-        step = max(min(budget // line_bytes, MOST_ROWS, lines), 1)
-        step = -(-lines // max(-(-lines // step), 1))  # tiles of equal size
+    def _size_tiles(self, slots: int, spare: Tensor | None) -> None:
+        """Lines (rows or columns) of a tile and of a block, for the plan's workspace."""
+        size = self.like.element_size()
+        line = self.in_features if self._by_rows else self.out_features
+        tile_line = self.in_features if self._by_rows else self.group_rows  # what a tile has of a line
+        budget = (self.plan.workspace or self.out_features * self.in_features * size) // size
+        # A bound leaves half of the room for the block.
+        room = min(TILE_ELEMENTS * self._kernel.LIVE, budget // 2)
+        usable = spare is not None and not self.plan.workspace and slots
+        if usable and spare is not None:
+            room = min(TILE_ELEMENTS * slots, spare.numel())
+        self.tile_lines = max(room // max(tile_line * (slots if usable else self._kernel.LIVE), 1), 1)
+        self.block_lines = max((budget if usable or not self.plan.workspace else budget - room) // max(line, 1), 1)
+        self._slots, self._pool = slots, spare.view(-1) if usable and spare is not None else None
+
+    def blocks(self) -> Iterator[Block]:
+        """The whole weight, in as many equal parts as the workspace asks for."""
+        rows, cols = slice(0, self.out_features), slice(0, self.in_features)
+        for cut in _cuts(len(self._lines()), self.block_lines):
+            yield Block(cut, cols) if self._by_rows else Block(rows, cut)
+
+    def _lines(self) -> range:
+        return range(self.out_features if self._by_rows else self.in_features)
+
+    def tiles(self, block: Block, groups: range | None = None) -> Iterator[Tile]:
+        """The tiles of a block (of some groups)."""
         for group in groups or range(self.plan.groups):
-            first = group * rows
-            for start in range(0, lines, max(step, 1)):
-                cut = slice(start, min(start + step, lines))
-                own, columns = (cut, slice(0, cols)) if by_rows else (slice(0, rows), cut)
-                yield Tile(group, slice(first + own.start, first + own.stop), columns, own)
+            first = group * self.group_rows
+            top, end = max(block.rows.start, first), min(block.rows.stop, first + self.group_rows)
+            if top >= end:
+                continue
+            lines = end - top if self._by_rows else block.cols.stop - block.cols.start
+            for cut in _cuts(lines, self.tile_lines):
+                rows, cols = slice(top, end), block.cols
+                if self._by_rows:
+                    rows = slice(top + cut.start, top + cut.stop)
+                else:
+                    cols = slice(cols.start + cut.start, cols.start + cut.stop)
+                yield Tile(group, rows, cols, slice(rows.start - first, rows.stop - first))
 
     def build(self, tile: Tile, keep: bool = False) -> Tensor:
-        return self.engines[tile.group].build(tile.own, tile.cols, keep)
+        return self.engines[tile.group].build(tile.own, tile.cols, keep, self._room(tile))
+
+    def _room(self, tile: Tile) -> Tensor | None:
+        if not self._slots:
+            return None
+        shape = self._slots, tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
+        count = shape[0] * shape[1] * shape[2]
+        if self._pool is None or self._pool.numel() < count:
+            self._pool = self.like.new_empty(count)
+        return self._pool[:count].view(shape)
+
+    def magnitude(self, tile: Tile, k: Tensor) -> Tensor:
+        """|k| of a tile built without `keep`, in room of its own."""
+        room = self._room(tile)
+        return k.abs() if room is None else torch.abs(k, out=room[-1])
 
     def magnitudes(self, groups: range) -> Iterator[Tensor]:
-        for tile in self.tiles(groups):
+        whole = Block(slice(0, self.out_features), slice(0, self.in_features))
+        for tile in self.tiles(whole, groups):
             yield self.build(tile).abs_()
 
     def sample(self, groups: range) -> Tensor:
         """|K| of a sub-matrix of each group, evenly spaced, to guess from [n]."""
         found = []
         for a, b, params in (self._parts[g] for g in groups):
-            scalars = kernels.scalars(self._kernel, params)
-            if self._kernel.AXIS == "rows":
+            if self._by_rows:
                 b = b[:: max(len(b) // SAMPLE, 1)]
             a = a[:: max(len(a) * len(b) // SAMPLE**2, 1)]
-            found.append(self._kernel.merged(a, b, scalars).abs().flatten())
+            found.append(self._kernel.merged(a, b, kernels.scalars(self._kernel, params)).abs().flatten())
         return torch.cat(found)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -130,3 +190,10 @@ class Matrix:
         a, b, params = zip(*(engine.gradients() for engine in self.engines), strict=True)
         known = [p for p in params if p is not None]
         return torch.cat(a, 1), torch.cat(b, 0), torch.stack(known, 1) if known else None
+
+
+def _cuts(length: int, most: int) -> Iterator[slice]:
+    """range(length) in parts of nearly equal size, none longer than `most`."""
+    parts = -(-length // most)
+    for i in range(parts):
+        yield slice(length * i // parts, length * (i + 1) // parts)

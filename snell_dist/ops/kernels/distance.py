@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 AXIS = "rows"
-LIVE = 5  # tiles alive at once in backward: two distances, K, its factor, the gradient
+LIVE = 4  # two distances, K or its factor, masks of the selection
 DENSE_AT_ZERO = True
 SEGMENTS = 2
 PARAMS: dict[str, float] = {}
@@ -31,6 +31,8 @@ class Engine:
     the two thin products.
     """
 
+    SLOTS = 3
+
     def __init__(self, a: Tensor, b: Tensor, params: Tensor | None) -> None:
         self._a = [_with_ones(half) for half in (SCALE * a).chunk(2, 1)]  # [in, r/2 + 1]
         self._b = [_with_ones(half) for half in (SCALE * b).chunk(2, 1)]
@@ -38,18 +40,13 @@ class Engine:
         self._right = [torch.cat([h, _squared(h)], 1) for h in self._a]  # [in, r/2 + 2]
         self._sum_a = [torch.zeros_like(h) for h in self._a]
         self._sum_b = [torch.zeros_like(h) for h in self._b]
-        self._work: list[Tensor] = []
 
-    def build(self, rows: slice, cols: slice, keep: bool) -> Tensor:
-        n, wide = rows.stop - rows.start, cols.stop - cols.start
-        count = 3 if keep else 2
-        if len(self._work) < count or len(self._work[0]) < n:
-            self._work = [self._left[0].new_empty(n, wide) for _ in range(count)]
-        one, two = self._distances = [w[:n] for w in self._work[:2]]
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor) -> Tensor:
+        one, two, third = pool
         for left, right, out in zip(self._left, self._right, (one, two), strict=True):
             torch.mm(left[rows], right[cols].t(), out=out).clamp_min_(0).sqrt_()
-        self._place = rows, cols
-        return torch.sub(one, two, out=self._work[-1][:n] if keep else one)
+        self._place, self._distances = (rows, cols), (one, two)
+        return torch.sub(one, two, out=third if keep else one)
 
     def backward(self, grad: Tensor) -> None:
         rows, cols = self._place
