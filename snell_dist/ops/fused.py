@@ -19,11 +19,15 @@ from torch import Tensor
 
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import keep_scale
-from snell_dist.ops.threshold import bracket_of, by_bracket, by_radix
+from snell_dist.ops.threshold import bracket_of, by_bracket, by_partition, by_radix
 from snell_dist.ops.tiles import Block, Matrix
 
 # A run of samples with one drop-path fate becomes a product of its own; shorter ones are not worth it.
 LEAST_RUN = 64
+
+
+# Half widths of the brackets that are tried, in standard deviations of the sample's quantile if it were independent.
+MARGINS = 6.0, 24.0
 
 
 def thresholds(a: Tensor, b: Tensor, params: Tensor | None, hint: Tensor | None, plan: Plan) -> Tensor:
@@ -55,7 +59,7 @@ def _threshold(matrix: Matrix, groups: range, sparsity: float, last: Tensor | No
             if width > 0:
                 yield max(middle - width, 0.0), middle + width
         sample = matrix.sample(groups)
-        for margin in (5.0, 25.0):
+        for margin in MARGINS:
             yield bracket_of(sample, sparsity, margin)
 
     interpolated = matrix.plan.interpolated
@@ -63,6 +67,9 @@ def _threshold(matrix: Matrix, groups: range, sparsity: float, last: Tensor | No
         result = by_bracket(tiles, count, sparsity, interpolated, brackets())
         if result is not None:
             return torch.stack(result)
+        if not matrix.plan.workspace:
+            value = by_partition(tiles, count, sparsity, interpolated, like)
+            return torch.stack([value, torch.zeros_like(value)])
     value = by_radix(tiles, count, sparsity, interpolated, like)
     return torch.stack([value, torch.zeros_like(value)])
 

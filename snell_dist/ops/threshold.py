@@ -104,6 +104,18 @@ def by_bracket(
     return None
 
 
+def by_partition(tiles: Tiles, count: int, sparsity: float, interpolated: bool, like: Tensor) -> Tensor:
+    """The threshold (0-d) from all magnitudes at once: for CPU tensors of a size that may be held."""
+    values = like.new_empty(count)
+    filled = 0
+    for m in tiles():
+        values[filled : filled + m.numel()] = m.flatten()
+        filled += m.numel()
+    low, high, weight = position(sparsity, count, interpolated, like.dtype)
+    values.numpy().partition([low, high, count - 1])
+    return torch.where(values[-1].isnan(), values[-1], interpolate(values[low], values[high], weight))
+
+
 def by_radix(tiles: Tiles, count: int, sparsity: float, interpolated: bool, like: Tensor) -> Tensor:
     """The threshold (0-d) by the bits of the magnitudes, 11 a pass, and one pass for the neighbour; no host sync."""
     bits, whole = (63, torch.int64) if like.dtype == torch.float64 else (31, torch.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,9 @@ from snell_dist.ops.plan import Plan
 
 # A tile's elements: few enough that the passes over it stay in cache, enough that starting them costs nothing.
 TILE_ELEMENTS = 1 << 18
-SAMPLE = 160  # rows and columns of the sub-matrix that is looked at to guess a threshold
+# What is looked at to guess a threshold: square patches of this width, or so many whole columns.
+PATCH = 16
+COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -176,13 +179,21 @@ class Matrix:
             yield self.build(tile).abs_()
 
     def sample(self, groups: range) -> Tensor:
-        """|K| of a sub-matrix of each group, evenly spaced, to guess from [n]."""
+        """|K| of evenly spaced elements, to guess from [n]; every row and every column takes part if it can.
+
+        Rows and columns differ much (a factor's row with a large norm), so many of them with few elements each tell
+        more than a sub-matrix does.
+        """
         found = []
         for a, b, params in (self._parts[g] for g in groups):
-            if self._by_rows:
-                b = b[:: max(len(b) // SAMPLE, 1)]
-            a = a[:: max(len(a) * len(b) // SAMPLE**2, 1)]
-            found.append(self._kernel.merged(a, b, kernels.scalars(self._kernel, params)).abs().flatten())
+            scalars = kernels.scalars(self._kernel, params)
+            if self._by_rows and min(len(a), len(b)) >= 2 * PATCH:
+                count = max(len(a), len(b)) // PATCH
+                parts = _patches(a, count), _patches(b, count)
+                k = torch.func.vmap(partial(self._kernel.merged, params=scalars))(*parts)
+            else:
+                k = self._kernel.merged(a[:: max(len(a) // COLUMNS, 1)], b, scalars)
+            found.append(k.abs_().flatten())
         return torch.cat(found)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -197,3 +208,10 @@ def _cuts(length: int, most: int) -> Iterator[slice]:
     parts = -(-length // most)
     for i in range(parts):
         yield slice(length * i // parts, length * (i + 1) // parts)
+
+
+def _patches(factor: Tensor, count: int) -> Tensor:
+    """[features, r] -> [count, PATCH, r]: each patch of rows spaced evenly, the patches taken in turn."""
+    most = len(factor) // PATCH
+    whole = factor[: most * PATCH].view(PATCH, most, -1).transpose(0, 1)
+    return whole[torch.arange(count, device=factor.device) % most]
