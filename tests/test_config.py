@@ -41,7 +41,7 @@ def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None
     ("override", "message"),
     [
         ("method.rank=7", "method.rank = 7: must be even"),
-        ("method.rank=0", "method.rank = 0: must be greater than or equal to 2"),
+        ("method.rank=0", "method.rank = 0: must be greater than or equal to 1"),
         ("method.rank=8.0", "must be a valid integer"),
         ("method.rank='8'", "must be a valid integer, not str"),
         ("method.sparsity=-0.1", "must be greater than or equal to 0"),

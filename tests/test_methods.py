@@ -82,6 +82,22 @@ def test_a_fused_qkv_equals_three_layers_with_the_same_factors(method: str) -> N
         torch.testing.assert_close(fused(x), torch.cat([one(x) for one in separate], dim=-1))
 
 
+@pytest.mark.parametrize("kernel", ["distance", "linear", "sigmoid", "rbf"])
+def test_every_kernel_trains_with_its_scalars_and_merges(kernel: str) -> None:
+    torch.manual_seed(0)
+    model = snell_dist.adapt(
+        nn.Sequential(nn.Linear(12, 18)), "snell", rank=4, sparsity=0.5, kernel=kernel, groups={"0": 3}
+    )
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    scalars = set() if kernel in ("distance", "linear") else {"0.alpha", "0.beta", "0.gamma"}
+    assert names == {"0.a", "0.b"} | scalars
+    x = torch.randn(5, 12)
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+    before = model(x).detach()
+    torch.testing.assert_close(snell_dist.merge(model)(x), before)
+
+
 def test_lora_agrees_with_peft() -> None:
     import peft
 
