@@ -11,16 +11,17 @@ in the last place of a bfloat16 weight 1e-4). Drop path alone merges: kept sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import keep_scale
-from snell_dist.ops.threshold import bracket_of, by_bracket, by_partition, by_radix
-from snell_dist.ops.tiles import Block, Matrix
+from snell_dist.ops.threshold import Tiles, bracket_of, by_bracket, by_partition, by_radix
+from snell_dist.ops.tiles import Block, Matrix, Tile
 
 # A run of samples with one drop-path fate becomes a product of its own; shorter ones are not worth it.
 LEAST_RUN = 64
@@ -30,28 +31,29 @@ LEAST_RUN = 64
 MARGINS = 6.0, 24.0
 
 
-def thresholds(a: Tensor, b: Tensor, params: Tensor | None, hint: Tensor | None, plan: Plan) -> Tensor:
+def thresholds(
+    matrix: Matrix, hint: Tensor | None, magnitudes: Callable[[range], Iterator[Tensor]] | None = None
+) -> Tensor:
     """The threshold of each group, and half the width of a bracket for the next call: [2, groups].
 
     hint: an earlier result for the same layer; it changes the time, never the result.
+    magnitudes: makes |K| of some groups tile by tile, where the caller has a better way than building it anew.
     """
-    matrix = Matrix(a, b, params, plan)
-    found = torch.zeros(2, plan.groups, dtype=a.dtype, device=a.device)
+    plan = matrix.plan
+    found = matrix.like.new_zeros(2, plan.groups)
     for part, (groups, sparsity) in enumerate(zip(plan.parts, plan.sparsities, strict=True)):
         if not plan.dense(sparsity):
             last = None if hint is None else hint[:, part]
-            found[:, groups.start : groups.stop] = _threshold(matrix, groups, sparsity, last).unsqueeze(1)
+            tiles = partial(magnitudes or matrix.magnitudes, groups)
+            found[:, groups.start : groups.stop] = _threshold(matrix, tiles, groups, sparsity, last).unsqueeze(1)
     return found
 
 
-def _threshold(matrix: Matrix, groups: range, sparsity: float, last: Tensor | None) -> Tensor:
+def _threshold(matrix: Matrix, tiles: Tiles, groups: range, sparsity: float, last: Tensor | None) -> Tensor:
     count = matrix.group_rows * matrix.in_features * len(groups)
     like = matrix.like
     if count == 0:
         return like.new_full((2,), torch.nan)
-
-    def tiles() -> Iterator[Tensor]:
-        return matrix.magnitudes(groups)
 
     def brackets() -> Iterator[tuple[float, float]]:
         if last is not None:
@@ -85,25 +87,51 @@ def factor_(magnitude: Tensor, threshold: Tensor, sparsify: str) -> Tensor:
     return magnitude if sparsify == "released" else magnitude.sign_()
 
 
-def fill(
-    out: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """Writes weight + scale delta of a block (or delta alone) into the front of `out`, tile by tile."""
-    part = _front(out, block)
+def _factor(matrix: Matrix, tile: Tile, k: Tensor, found: Tensor | None) -> Tensor | None:
+    """f of a tile, in room of its own; None for 1."""
+    if found is None or matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
+        return None
+    return factor_(matrix.magnitude(tile, k), found[tile.group], matrix.plan.sparsify)
+
+
+def _merge(target: Tensor, k: Tensor, factor: Tensor | None, base: Tensor | None, scale: float) -> None:
+    """target = base + scale k factor; k may be overwritten and may be the target."""
+    if factor is not None and base is not None and base.dtype == k.dtype == target.dtype:
+        torch.addcmul(base, k, factor, value=scale, out=target)
+        return
+    delta = k if factor is None else k.mul_(factor)
+    if scale != 1:
+        delta.mul_(scale)
+    target.copy_(delta if base is None else delta.add_(base))
+
+
+def _fill(
+    out: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None, scale: float,
+    built: Container[tuple[int, int]] = (),
+) -> None:  # fmt: skip
+    """Writes weight + scale delta of a block (or delta alone); `built`: keys of tiles whose K is there already."""
     for tile in matrix.tiles(block):
-        k, target = matrix.build(tile), tile.of(part, block)
+        target = tile.of(out, block)
+        k = target if tile.key in built else matrix.build(tile)
         base = None if weight is None else weight[tile.rows, tile.cols]
-        factor = None
-        if found is not None and not matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
-            factor = factor_(matrix.magnitude(tile, k), found[tile.group], matrix.plan.sparsify)
-        if factor is not None and base is not None and base.dtype == k.dtype == target.dtype:
-            torch.addcmul(base, k, factor, value=scale, out=target)
-            continue
-        delta = k if factor is None else k.mul_(factor)
-        if scale != 1:
-            delta.mul_(scale)
-        target.copy_(delta if base is None else delta.add_(base))
-    return part
+        _merge(target, k, _factor(matrix, tile, k, found), base, scale)
+
+
+def _store_and_look(
+    out: Tensor, block: Block, matrix: Matrix, hint: Tensor | None
+) -> tuple[Tensor, set[tuple[int, int]]]:
+    """Thresholds of a layer that is one block; K stays in `out`, so that it is built once."""
+    built: set[tuple[int, int]] = set()
+
+    def magnitudes(groups: range) -> Iterator[Tensor]:
+        for tile in matrix.tiles(block, groups):
+            target = tile.of(out, block)
+            if tile.key not in built:
+                matrix.build(tile, out=target)
+                built.add(tile.key)
+            yield matrix.magnitude(tile, target)
+
+    return thresholds(matrix, hint, magnitudes), built
 
 
 def _front(memory: Tensor, block: Block) -> Tensor:
@@ -118,10 +146,15 @@ def _buffer(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     return matrix.like.new_empty(most, dtype=dtype)
 
 
-def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, found: Tensor | None, plan: Plan) -> Tensor:
+def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> Tensor:
     """delta [out, in], tile by tile."""
-    whole = Block(slice(0, len(b)), slice(0, len(a)))
-    return fill(b.new_empty(len(b) * len(a)), whole, Matrix(a, b, params, plan), found)
+    matrix = Matrix(a, b, params, plan)
+    delta = b.new_empty(len(b), len(a))
+    whole, found, built = Block(slice(0, len(b)), slice(0, len(a))), None, set[tuple[int, int]]()
+    if not plan.all_dense:
+        found, built = _store_and_look(delta, whole, matrix, None)
+    _fill(delta, whole, matrix, None if found is None else found[0], None, 1.0, built)
+    return delta
 
 
 def runs(path: Tensor | None, tokens: int) -> list[tuple[slice, float]] | None:
@@ -181,16 +214,22 @@ def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan) -> S
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
-    found: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan,
-) -> Tensor:  # fmt: skip
-    """x [..., in] -> y [..., out] in x's dtype; found: thresholds [groups] or None where all is dense."""
+    given: Tensor | None, hint: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x [..., in] -> y [..., out] in x's dtype, and what `thresholds` found [2, groups] unless it was given."""
     how = _shape(x, seed, path, plan)
     y = x.new_empty(len(how.flat), len(weight))
     matrix = Matrix(a, b, params, plan, spare=y if y.dtype == b.dtype else None)
-    buffer = _buffer(matrix, x.dtype)
-    for block in matrix.blocks():
-        base = weight[block.rows, block.cols]
-        part = fill(buffer, block, matrix, found, None if how.parts is None else weight, how.kept)
+    buffer, blocks = _buffer(matrix, x.dtype), list(matrix.blocks())
+    look, found, built = given is None and not plan.all_dense, given, set[tuple[int, int]]()
+    if look and len(blocks) == 1 and x.dtype == b.dtype:
+        found, built = _store_and_look(_front(buffer, blocks[0]), blocks[0], matrix, hint)
+    elif look:
+        found = thresholds(matrix, hint)
+    for block in blocks:
+        base, part = weight[block.rows, block.cols], _front(buffer, block)
+        limits = None if found is None else found[0]
+        _fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
         out, flat, first = y[:, block.rows], how.flat[:, block.cols], block.cols.start == 0
         for span, scale in how.parts or ():
             _add_product(out[span], flat[span], (part if scale else base.to(x.dtype)).t(), first)
@@ -199,7 +238,9 @@ def forward(
             out.addmm_(how.changed[:, block.cols], part.t())
     if bias is not None:
         y.add_(bias)
-    return y.view(*x.shape[:-1], len(weight))
+    # A custom op may not return its input.
+    result = matrix.like.new_empty(2, plan.groups) if found is None or not look else found
+    return y.view(*x.shape[:-1], len(weight)), result
 
 
 def backward(
@@ -224,12 +265,12 @@ def backward(
                 _add_product(grad, down[span].t(), how.flat[span, block.cols], i == 0, how.kept)
             if not spans:
                 grad.zero_()
-        _factor_gradients(grad, block, matrix, found)
+        base = None if how.parts is None else weight
+        _factor_gradients(grad, block, matrix, None if found is None else found[0], base, how.kept, needs_x)
         if needs_x:
-            part = fill(buffer, block, matrix, found, None if how.parts is None else weight, how.kept)
             target, base = gx[:, block.cols], weight[block.rows, block.cols]
             for span, scale in how.parts or [(slice(None), 1.0)]:
-                _add_product(target[span], down[span], part if scale else base.to(x.dtype), first)
+                _add_product(target[span], down[span], grad if scale else base.to(x.dtype), first)
     if needs_x and how.parts is None:
         if how.scale is not None:
             gx.view(x.shape).mul_(how.scale)
@@ -240,10 +281,17 @@ def backward(
     return gx.view(x.shape if needs_x else 0).to(x.dtype), grad_a, grad_b, grad_params
 
 
-def _factor_gradients(grad: Tensor, block: Block, matrix: Matrix, found: Tensor | None) -> None:
-    """From dL/d(delta) of a block, which is overwritten, to the sums in the matrix's engines."""
+def _factor_gradients(
+    grad: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None, scale: float, merge: bool
+) -> None:
+    """From dL/d(delta) of a block to the sums in the matrix's engines.
+
+    With `merge`, each tile of the gradient makes room, once it is used, for what `_fill` would write there.
+    """
     for tile in matrix.tiles(block):
-        k, own = matrix.build(tile, keep=True), tile.of(grad, block).to(matrix.like.dtype)
-        if found is not None and not matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
-            own.mul_(factor_(k.abs_(), found[tile.group], matrix.plan.sparsify))
-        matrix.engines[tile.group].backward(own)
+        own, k = tile.of(grad, block), matrix.build(tile, keep=True)
+        factor = _factor(matrix, tile, k, found)
+        wide = own.to(k.dtype)
+        matrix.engines[tile.group].backward(wide if factor is None else wide.mul_(factor))
+        if merge:
+            _merge(own, k, factor, None if weight is None else weight[tile.rows, tile.cols], scale)

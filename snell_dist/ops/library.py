@@ -27,27 +27,13 @@ def static(plan: Plan) -> tuple[str, int, list[float], float, int]:
     return names, plan.groups, list(plan.sparsities), plan.dropout, plan.workspace
 
 
-@torch.library.custom_op("snell::thresholds", mutates_args=())
-def thresholds(
-    a: Tensor, b: Tensor, params: Tensor | None, hint: Tensor | None,
-    names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
-) -> Tensor:  # fmt: skip
-    """fused.thresholds: [2, groups]."""
-    return fused.thresholds(a, b, params, hint, _plan(names, groups, sparsities, dropout, workspace))
-
-
-@thresholds.register_fake
-def _(a: Tensor, b: Tensor, params: Any, hint: Any, names: str, groups: int, *rest: Any) -> Tensor:
-    return a.new_empty(2, groups)
-
-
 @torch.library.custom_op("snell::merge", mutates_args=())
 def merge(
-    a: Tensor, b: Tensor, params: Tensor | None, found: Tensor | None,
+    a: Tensor, b: Tensor, params: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
 ) -> Tensor:  # fmt: skip
     """fused.merge_delta: [out, in]."""
-    return fused.merge_delta(a, b, params, found, _plan(names, groups, sparsities, dropout, workspace))
+    return fused.merge_delta(a, b, params, _plan(names, groups, sparsities, dropout, workspace))
 
 
 @merge.register_fake
@@ -58,17 +44,17 @@ def _(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 @torch.library.custom_op("snell::linear", mutates_args=())
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
-    found: Tensor | None, seed: Tensor | None, path: Tensor | None,
+    given: Tensor | None, hint: Tensor | None, seed: Tensor | None, path: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
-) -> Tensor:  # fmt: skip
-    """fused.forward: [..., out]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """fused.forward: y [..., out] and thresholds [2, groups], which carry no gradient."""
     plan = _plan(names, groups, sparsities, dropout, workspace)
-    return fused.forward(x, weight, bias, a, b, params, found, seed, path, plan)
+    return fused.forward(x, weight, bias, a, b, params, given, hint, seed, path, plan)
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), a.new_empty(2, rest[7])
 
 
 @torch.library.custom_op("snell::linear_backward", mutates_args=())
@@ -90,12 +76,13 @@ def _(gy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, params: Tenso
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, a, b, params, found, seed, path, *ctx.static = inputs
-    ctx.save_for_backward(x, weight, a, b, params, found, seed, path)
+    x, weight, bias, a, b, params, given, _, seed, path, *ctx.static = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, a, b, params, output[1] if given is None else given, seed, path)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _differentiate(ctx: Any, gy: Tensor) -> Any:
+def _differentiate(ctx: Any, gy: Tensor, _: Any) -> Any:
     x, weight, *rest = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     gx, grad_a, grad_b, grad_params = linear_backward(gy, x, weight, *rest, *ctx.static, needs_x)
@@ -105,7 +92,7 @@ def _differentiate(ctx: Any, gy: Tensor) -> Any:
     grad_bias = flat.sum(0).to(ctx.bias_dtype) if needs_bias else None
     return (
         gx if needs_x else None, grad_weight, grad_bias, grad_a, grad_b, None if rest[2] is None else grad_params,
-        *[None] * (3 + len(ctx.static)),
+        *[None] * (4 + len(ctx.static)),
     )  # fmt: skip
 
 

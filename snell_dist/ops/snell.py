@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,19 +38,15 @@ class ThresholdState:
     def step(self) -> None:
         self.age += 1
 
+    def look_up(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+        """Thresholds [2, groups] to use as they are, and to start looking from; either may be None."""
+        if self.found is None or self.plan != plan:
+            return None, None
+        return (self.found, None) if self.age < self.refresh_every != 1 else (None, self.found)
 
-def find_thresholds(a: Tensor, b: Tensor, params: Tensor | None, state: ThresholdState | None, plan: Plan) -> Any:
-    """Thresholds [groups], or None where no group has one."""
-    if plan.all_dense:
-        return None
-    last = None if state is None or state.plan != plan else state.found
-    if state is not None and last is not None and state.age < state.refresh_every != 1:
-        return last[0]
-    detached = None if params is None else params.detach()
-    found = library.thresholds(a.detach(), b.detach(), detached, last, *library.static(plan))
-    if state is not None:
-        state.found, state.plan, state.age = found, plan, 0
-    return found[0]
+    def keep(self, plan: Plan, found: Tensor) -> None:
+        if not plan.all_dense:
+            self.found, self.plan, self.age = found, plan, 0
 
 
 def snell_linear(
@@ -94,8 +89,11 @@ def snell_linear(
     with torch.autocast(x.device.type, enabled=False):
         if impl == "reference":
             return reference.snell_linear(x, weight, bias, a, b, params, seed, path, plan)
-        found = find_thresholds(a, b, params, state, plan)
-        return library.linear(x, weight, bias, a, b, params, found, seed, path, *library.static(plan))
+        given, hint = (None, None) if state is None else state.look_up(plan)
+        y, found = library.linear(x, weight, bias, a, b, params, given, hint, seed, path, *library.static(plan))
+        if state is not None and given is None:
+            state.keep(plan, found)
+        return y
 
 
 def merge_delta(
@@ -124,7 +122,7 @@ def merge_delta(
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, params) if t is not None)
         if impl == "reference" or (impl == "auto" and differentiable):
             return reference.merge_delta(a, b, params, plan)
-        return library.merge(a, b, params, find_thresholds(a, b, params, None, plan), *library.static(plan))
+        return library.merge(a, b, params, *library.static(plan))
 
 
 def init_factors(

@@ -33,6 +33,11 @@ class Tile:
     cols: slice
     own: slice
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from the other tiles (slices are not hashable)."""
+        return self.rows.start, self.cols.start
+
     def of(self, tensor: Tensor, block: Block) -> Tensor:
         """This tile's part of a tensor that holds the block."""
         r, c = block.rows.start, block.cols.start
@@ -50,10 +55,11 @@ class Block:
 class Engine(Protocol):
     """One group's kernel: tiles of K, and gradients added up over tiles."""
 
-    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None) -> Tensor:
-        """K [rows, cols], which the caller may overwrite. With `keep`, what `backward` needs stays until then.
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None, out: Tensor | None) -> Tensor:
+        """K [rows, cols], in `out` if given; the caller may overwrite it.
 
-        pool [SLOTS, rows, cols]: room for the result and what is kept; the last slot is the caller's without `keep`.
+        With `keep`, what `backward` needs stays until then. pool [SLOTS, rows, cols]: room for all that; the last slot
+        is the caller's.
         """
         ...
 
@@ -76,12 +82,13 @@ class GenericEngine:
         self._inputs = (a, b) if params is None else (a, b, params)
         self._sums = [torch.zeros_like(t) for t in self._inputs]
 
-    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None) -> Tensor:
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None, out: Tensor | None) -> Tensor:
         def merged(a: Tensor, b: Tensor, *params: Tensor) -> Tensor:
             return self._kernel.merged(a[cols], b[rows], kernels.scalars(self._kernel, *params))
 
         if not keep:
-            return merged(*self._inputs)
+            k = merged(*self._inputs)
+            return k if out is None else out.copy_(k)
         found: Any = torch.func.vjp(merged, *self._inputs)
         self._pull = found[1]
         return found[0].clone()
@@ -156,8 +163,8 @@ class Matrix:
                     cols = slice(cols.start + cut.start, cols.start + cut.stop)
                 yield Tile(group, rows, cols, slice(rows.start - first, rows.stop - first))
 
-    def build(self, tile: Tile, keep: bool = False) -> Tensor:
-        return self.engines[tile.group].build(tile.own, tile.cols, keep, self._room(tile))
+    def build(self, tile: Tile, keep: bool = False, out: Tensor | None = None) -> Tensor:
+        return self.engines[tile.group].build(tile.own, tile.cols, keep, self._room(tile), out)
 
     def _room(self, tile: Tile) -> Tensor | None:
         if not self._slots:
@@ -169,7 +176,7 @@ class Matrix:
         return self._pool[:count].view(shape)
 
     def magnitude(self, tile: Tile, k: Tensor) -> Tensor:
-        """|k| of a tile built without `keep`, in room of its own."""
+        """|k| of a tile, in room of its own."""
         room = self._room(tile)
         return k.abs() if room is None else torch.abs(k, out=room[-1])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 AXIS = "rows"
-LIVE = 4  # two distances, K or its factor, masks of the selection
+LIVE = 5  # two distances, K, its factor; masks of the selection
 DENSE_AT_ZERO = True
 SEGMENTS = 2
 PARAMS: dict[str, float] = {}
@@ -31,7 +31,7 @@ class Engine:
     the two thin products.
     """
 
-    SLOTS = 3
+    SLOTS = 4
 
     def __init__(self, a: Tensor, b: Tensor, params: Tensor | None) -> None:
         self._a = [_with_ones(half) for half in (SCALE * a).chunk(2, 1)]  # [in, r/2 + 1]
@@ -41,22 +41,20 @@ class Engine:
         self._sum_a = [torch.zeros_like(h) for h in self._a]
         self._sum_b = [torch.zeros_like(h) for h in self._b]
 
-    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor) -> Tensor:
-        one, two, third = pool
-        for left, right, out in zip(self._left, self._right, (one, two), strict=True):
-            torch.mm(left[rows], right[cols].t(), out=out).clamp_min_(0).sqrt_()
+    def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor, out: Tensor | None) -> Tensor:
+        one, two, third, _ = pool
+        for left, right, distance in zip(self._left, self._right, (one, two), strict=True):
+            torch.mm(left[rows], right[cols].t(), out=distance).clamp_min_(0).sqrt_()
         self._place, self._distances = (rows, cols), (one, two)
-        return torch.sub(one, two, out=third if keep else one)
+        return torch.sub(one, two, out=third if out is None else out)
 
     def backward(self, grad: Tensor) -> None:
         rows, cols = self._place
-        for h, distance in enumerate(self._distances):
+        for h, (sign, distance) in enumerate(zip((1, -1), self._distances, strict=True)):
             torch.threshold_(distance, 0, torch.inf)  # grad / infinity: the gradient 0 of distance 0
             q = torch.div(grad, distance, out=distance)
-            if h == 1:
-                q.neg_()
-            torch.addmm(self._sum_b[h][rows], q, self._a[h][cols], out=self._sum_b[h][rows])
-            torch.addmm(self._sum_a[h][cols], q.t(), self._b[h][rows], out=self._sum_a[h][cols])
+            self._sum_b[h][rows].addmm_(q, self._a[h][cols], alpha=sign)
+            self._sum_a[h][cols].addmm_(q.t(), self._b[h][rows], alpha=sign)
 
     def gradients(self) -> tuple[Tensor, Tensor, None]:
         return _fold(self._a, self._sum_a), _fold(self._b, self._sum_b), None
