@@ -180,9 +180,13 @@ def input_scale(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan)
     return by_sample if scale is None else scale.mul_(by_sample)
 
 
-def _add_product(out: Tensor, one: Tensor, two: Tensor, first: bool, alpha: float = 1.0) -> None:
-    """out = alpha one two, or out += it; a wider `out` collects half-precision products in its own precision."""
-    if out.dtype != one.dtype:
+def _add_product(
+    out: Tensor, one: Tensor, two: Tensor, first: bool, alpha: float = 1.0, bias: Tensor | None = None
+) -> None:
+    """out = alpha one two + bias, or out += it; a wider `out` collects half-precision products in its precision."""
+    if first and bias is not None:
+        torch.addmm(bias.to(out.dtype), one, two, out=out)
+    elif out.dtype != one.dtype:
         out.copy_(one @ two) if first else out.add_(one @ two)
     elif first and alpha == 1:
         torch.mm(one, two, out=out)
@@ -209,7 +213,7 @@ def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan) -> S
     flat = x.reshape(-1, x.shape[-1])
     parts = runs(path, len(flat)) if seed is None and x.element_size() >= 4 else None
     scale = None if parts is not None else input_scale(x, seed, path, plan)
-    return Shape(flat, parts, scale, flat if scale is None else (x * scale).view_as(flat))
+    return Shape(flat, parts, scale, flat if scale is None else (x * scale).reshape(flat.shape))
 
 
 def forward(
@@ -231,13 +235,12 @@ def forward(
         limits = None if found is None else found[0]
         _fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
         out, flat, first = y[:, block.rows], how.flat[:, block.cols], block.cols.start == 0
+        shift = None if bias is None else bias[block.rows]
         for span, scale in how.parts or ():
-            _add_product(out[span], flat[span], (part if scale else base.to(x.dtype)).t(), first)
+            _add_product(out[span], flat[span], (part if scale else base.to(x.dtype)).t(), first, bias=shift)
         if how.parts is None:
-            _add_product(out, flat, base.to(x.dtype).t(), first)
+            _add_product(out, flat, base.to(x.dtype).t(), first, bias=shift)
             out.addmm_(how.changed[:, block.cols], part.t())
-    if bias is not None:
-        y.add_(bias)
     # A custom op may not return its input.
     result = matrix.like.new_empty(2, plan.groups) if found is None or not look else found
     return y.view(*x.shape[:-1], len(weight)), result

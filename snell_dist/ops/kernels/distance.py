@@ -26,49 +26,53 @@ def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
 class Engine:
     """Tiles of K with the distances in product form, as the library's cdist takes them, and their gradient.
 
-    The factors are scaled once, so the distances come out scaled. With q = +-dL/dK / distance:
-    dL/db_o = 0.1 (b_o sum_i q_oi - sum_i q_oi a_i) and the mirror for a; a column of ones makes the sums part of
-    the two thin products.
+    [-2 b, |b|^2, 1] times [a, 1, |a|^2]^T is |b - a|^2; the factors are scaled once, so distances come out scaled.
+    With q = +-dL/dK / distance, dL/db_o = 0.1 (b_o sum_i q_oi - sum_i q_oi a_i), and the mirror for a: both sums of
+    each come out of one thin product with the same arrays.
     """
 
     SLOTS = 4
 
     def __init__(self, a: Tensor, b: Tensor, params: Tensor | None) -> None:
-        self._a = [_with_ones(half) for half in (SCALE * a).chunk(2, 1)]  # [in, r/2 + 1]
-        self._b = [_with_ones(half) for half in (SCALE * b).chunk(2, 1)]
-        self._left = [torch.cat([-2 * h[:, :-1], _squared(h), h[:, -1:]], 1) for h in self._b]
-        self._right = [torch.cat([h, _squared(h)], 1) for h in self._a]  # [in, r/2 + 2]
-        self._sum_a = [torch.zeros_like(h) for h in self._a]
-        self._sum_b = [torch.zeros_like(h) for h in self._b]
+        scaled_a, scaled_b = _halves(a), _halves(b)
+        ones_a, ones_b = torch.ones_like(scaled_a[..., :1]), torch.ones_like(scaled_b[..., :1])
+        self._left = torch.cat([-2 * scaled_b, scaled_b.square().sum(2, keepdim=True), ones_b], 2)  # [2, out, r/2 + 2]
+        self._right = torch.cat([scaled_a, ones_a, scaled_a.square().sum(2, keepdim=True)], 2)  # [2, in, r/2 + 2]
+        self._sum_a: Tensor | None = None
 
     def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor, out: Tensor | None) -> Tensor:
-        one, two, third, _ = pool
-        for left, right, distance in zip(self._left, self._right, (one, two), strict=True):
-            torch.mm(left[rows], right[cols].t(), out=distance).clamp_min_(0).sqrt_()
-        self._place, self._distances = (rows, cols), (one, two)
-        return torch.sub(one, two, out=third if out is None else out)
+        self._distances, self._place = pool[:2], (rows, cols)
+        left, right = self._left[:, rows], self._right[:, cols]
+        for half, distance in enumerate(self._distances):
+            torch.mm(left[half], right[half].t(), out=distance).clamp_min_(0).sqrt_()
+        return torch.sub(pool[0], pool[1], out=pool[2] if out is None else out)
 
     def backward(self, grad: Tensor) -> None:
+        if self._sum_a is None:
+            self._sum_a, self._sum_b = torch.zeros_like(self._right), torch.zeros_like(self._left)
         rows, cols = self._place
-        for h, (sign, distance) in enumerate(zip((1, -1), self._distances, strict=True)):
+        left, right = self._left[:, rows], self._right[:, cols]
+        sum_b, sum_a = self._sum_b[:, rows], self._sum_a[:, cols]
+        for half, distance in enumerate(self._distances):
             torch.threshold_(distance, 0, torch.inf)  # grad / infinity: the gradient 0 of distance 0
             q = torch.div(grad, distance, out=distance)
-            self._sum_b[h][rows].addmm_(q, self._a[h][cols], alpha=sign)
-            self._sum_a[h][cols].addmm_(q.t(), self._b[h][rows], alpha=sign)
+            sum_b[half].addmm_(q, right[half], alpha=1 - 2 * half)
+            sum_a[half].addmm_(q.t(), left[half], alpha=1 - 2 * half)
 
     def gradients(self) -> tuple[Tensor, Tensor, None]:
-        return _fold(self._a, self._sum_a), _fold(self._b, self._sum_b), None
+        if self._sum_a is None:
+            return torch.zeros_like(_whole(self._right)), torch.zeros_like(_whole(self._left)), None
+        # sums over out of q (-2 b), q |b|^2, q; and over in of q a, q, q |a|^2
+        grad_a = self._right[..., :-2] * self._sum_a[..., -1:] + self._sum_a[..., :-2] / 2
+        grad_b = self._left[..., :-2] / -2 * self._sum_b[..., -2:-1] - self._sum_b[..., :-2]
+        return SCALE * _whole(grad_a, 0), SCALE * _whole(grad_b, 0), None
 
 
-def _with_ones(half: Tensor) -> Tensor:
-    return torch.cat([half, torch.ones_like(half[:, :1])], 1)
+def _halves(factor: Tensor) -> Tensor:
+    """[features, r] -> scaled [2, features, r/2]."""
+    return (SCALE * factor).reshape(len(factor), 2, -1).transpose(0, 1)
 
 
-def _squared(half: Tensor) -> Tensor:
-    """Squared norm [features, 1] of a half that carries a column of ones."""
-    return half[:, :-1].square().sum(1, keepdim=True)
-
-
-def _fold(halves: list[Tensor], sums: list[Tensor]) -> Tensor:
-    """0.1 (own sum q - sum q other) for both halves [features, r]."""
-    return torch.cat([SCALE * (h[:, :-1] * s[:, -1:] - s[:, :-1]) for h, s in zip(halves, sums, strict=True)], 1)
+def _whole(halves: Tensor, extra: int = 2) -> Tensor:
+    """[2, features, r/2 + extra] -> [features, r]."""
+    return halves[..., : halves.shape[2] - extra].transpose(0, 1).flatten(1)
