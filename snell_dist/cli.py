@@ -16,9 +16,8 @@ BAD_INPUT, INTERRUPTED = 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every mistake of the user is one line on standard error."""
-    # What C++ libraries write to the terminal by themselves is noise here; set these to hear it.
+    # What torch's C++ side writes to the terminal by itself is noise here; set this to hear it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     args = _parse(arguments)
     try:
         return args.command(args)

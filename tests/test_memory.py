@@ -1,10 +1,10 @@
 import torch
 
-from snell_dist.memory.record import _memory_profiler, peak_of
+from snell_dist.memory.record import memory_profiler, peak_of
 
 
 def test_the_peak_is_what_was_alive_together() -> None:
-    with _memory_profiler() as profiler:
+    with memory_profiler() as profiler:
         first = torch.empty(1000, dtype=torch.float32)
         second = torch.empty(3000, dtype=torch.float32)
         del first

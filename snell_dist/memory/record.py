@@ -6,6 +6,7 @@ step, the third, when optimizer state exists. It leaves out the interpreter and 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class PeakMemory:
                 self._profiler = None
             if moment.step == self._before:
                 self._held = held_bytes(self._engine)
-                self._profiler = _memory_profiler()
+                self._profiler = memory_profiler()
                 self._profiler.__enter__()
 
     def on_end(self, summary: dict[str, Any]) -> None:
@@ -80,5 +81,6 @@ def peak_of(profiler: torch.profiler.profile) -> int:
     return peak
 
 
-def _memory_profiler() -> torch.profiler.profile:
+def memory_profiler() -> torch.profiler.profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and end to the terminal
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
