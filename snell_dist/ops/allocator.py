@@ -11,12 +11,14 @@ No tensor that trains is touched: only the sparsity, and with it the threshold, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+MOST = math.nextafter(1, 0)
 METRICS = ("sensitivity", "magnitude")
 
 
@@ -91,10 +93,13 @@ class Allocator:
         return {n: s / total for n, s in raw.items()} if total > 0 else dict.fromkeys(raw, 1 / len(raw))
 
     def allocate(self, epoch: int) -> dict[str, float]:
-        """Before training `epoch`: each matrix's sparsity in [0, 1], the old one in the warm-up and between intervals."""
+        """Each matrix's sparsity for `epoch`, before training it; the old one in the warm-up and between intervals.
+
+        It stays below 1, which `snell_linear` refuses, by the smallest step there is: then nothing survives.
+        """
         if epoch > self.init_warmup and epoch % self.interval == 0:
             volumes = share(int(self.budget(epoch)), self.scores(), self.sizes)
-            self.sparsity = {n: min(max(1 - volumes[n] / size, 0.0), 1.0) for n, size in self.sizes.items()}
+            self.sparsity = {n: min(max(1 - volumes[n] / size, 0.0), MOST) for n, size in self.sizes.items()}
         return dict(self.sparsity)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEVELS = 1 << 16
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed (0-d int64) from the device's default generator."""
@@ -21,6 +23,17 @@ def draw_path(samples: int, rate: float, like: Tensor) -> Tensor:
 
 
 def keep_scale(seed: Tensor, shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
-    """Dropout's mask for `shape`: 0 or 1/(1 - rate), the same for the same seed."""
+    """Dropout's mask for `shape`: 0 or 1 / keep, the same for the same seed.
+
+    On the CPU a random 64-bit word serves four elements, so the rate is met to 1 / 2**16; the scale is that of the
+    rate that was met.
+    """
     generator = torch.Generator(seed.device).manual_seed(int(seed))
-    return torch.empty(shape, dtype=dtype, device=seed.device).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+    if seed.device.type != "cpu":
+        return (
+            torch.empty(shape, dtype=dtype, device=seed.device).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        )
+    dropped, count = round(rate * LEVELS), shape.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    kept = words.view(torch.int16)[:count] >= dropped - LEVELS // 2
+    return kept.view(shape).to(dtype).mul_(LEVELS / (LEVELS - dropped))

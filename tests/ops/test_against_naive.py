@@ -1,0 +1,64 @@
+"""Both implementations against a formula written a second time, on random shapes, in float64."""
+
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snell_dist.ops import KERNELS, init_factors, merge_delta, snell_linear
+from snell_dist.ops.kernels import find
+
+SCALARS = {"alpha": 0.7, "beta": 0.9, "gamma": 1.3}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "kernel": draw(st.sampled_from(KERNELS)),
+        "sparsify": draw(st.sampled_from(["released", "paper", "hard"])),
+        "groups": draw(st.sampled_from([1, 2, 3])),
+        "scope": draw(st.sampled_from(["group", "matrix"])),
+        "s": draw(st.sampled_from([0.0, 0.1, 0.5, 0.77, 0.99])),
+        "rank": 2 * draw(st.integers(1, 5)),
+        "rows": draw(st.integers(1, 40)),
+        "cols": draw(st.integers(1, 40)),
+        "tokens": draw(st.integers(1, 9)),
+        "workspace": draw(st.sampled_from([None, 1, 3000, 40000])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+@settings(max_examples=120, deadline=None)
+@given(case=cases())
+def test_random_layers(impl: str, case: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    out, dtype = case["rows"] * case["groups"], torch.float64
+    a, b = init_factors(case["cols"], out, case["rank"], case["groups"], generator=generator, dtype=dtype)
+    x, w, bias, g = (
+        torch.randn(shape, generator=generator, dtype=dtype)
+        for shape in ((case["tokens"], case["cols"]), (out, case["cols"]), (out,), (case["tokens"], out))
+    )
+    names = find(case["kernel"]).PARAMS
+    how = {
+        "sparsity": case["s"], "kernel": case["kernel"], "sparsify": case["sparsify"], "groups": case["groups"],
+        "sparsity_scope": case["scope"], "impl": impl, "kernel_params": {n: SCALARS[n] for n in names},
+    }  # fmt: skip
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    y = snell_linear(x, w, bias, a, b, workspace_bytes=case["workspace"], **how)
+    y.backward(g)
+    arrays = [t.detach().numpy() for t in (x, w, bias, a, b, g)]
+    want = naive.layer(
+        *arrays, s=case["s"], name=case["kernel"], sparsify=case["sparsify"], groups=case["groups"],
+        scope=case["scope"], p=SCALARS,
+    )  # fmt: skip
+    with torch.no_grad():
+        found = {"y": y.detach(), "delta": merge_delta(a, b, **how)}
+    found |= {name: leaf.grad for name, leaf in zip(("x", "a", "b"), leaves, strict=True)}
+    for name, value in found.items():
+        # Distances in product form lose digits where factors nearly meet; 1e-16 of a square is 1e-8 of a distance.
+        np.testing.assert_allclose(value.numpy(), want[name], rtol=1e-6, atol=1e-9, err_msg=name)
