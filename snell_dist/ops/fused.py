@@ -27,8 +27,8 @@ from snell_dist.ops.tiles import Block, Matrix, Tile
 LEAST_RUN = 64
 
 
-# Half widths of the brackets that are tried, in standard deviations of the sample's quantile if it were independent.
-MARGINS = 6.0, 24.0
+# Half widths of the brackets that are tried, in standard deviations of the sample's quantile.
+MARGINS = 6.0, 20.0
 
 
 def thresholds(
@@ -60,13 +60,13 @@ def _threshold(matrix: Matrix, tiles: Tiles, groups: range, sparsity: float, las
             middle, width = last.tolist()
             if width > 0:
                 yield max(middle - width, 0.0), middle + width
-        sample = matrix.sample(groups)
+        sample, independent = matrix.sample(groups)
         for margin in MARGINS:
-            yield bracket_of(sample, sparsity, margin)
+            yield bracket_of(sample, sparsity, margin, independent)
 
     interpolated = matrix.plan.interpolated
     if like.device.type == "cpu":
-        result = by_bracket(tiles, count, sparsity, interpolated, brackets())
+        result = by_bracket(tiles, count, sparsity, interpolated, brackets(), matrix.masks)
         if result is not None:
             return torch.stack(result)
         if not matrix.plan.workspace:

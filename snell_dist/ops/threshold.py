@@ -22,7 +22,7 @@ from torch import Tensor
 LIBRARY_LIMIT = 1 << 24
 DIGIT_BITS = 11
 # Of all elements, so many at most are gathered at once; beyond (ties) the radix selection takes over.
-GATHER_LIMIT = 1 / 8
+GATHER_LIMIT = 1 / 4
 
 # The share of all elements that the next call's bracket should hold.
 NEXT_SHARE = 1 / 64
@@ -64,10 +64,13 @@ def by_sorting(magnitude: Tensor, sparsity: float, interpolated: bool) -> Tensor
     return torch.where(ordered[-1].isnan(), ordered[-1], threshold)
 
 
-def bracket_of(sample: Tensor, sparsity: float, margin: float) -> tuple[float, float]:
-    """Values that should enclose the quantile, from a sample of |K|; `margin` in standard deviations of 1/sqrt(n)."""
+def bracket_of(sample: Tensor, sparsity: float, margin: float, independent: int) -> tuple[float, float]:
+    """Values that should enclose the quantile, from a sample of |K| worth so many independent elements.
+
+    margin: half the width in standard deviations of the sample's quantile.
+    """
     ordered = np.sort(sample.numpy())  # vectorised, unlike torch's
-    spread = margin * math.sqrt(sparsity * (1 - sparsity) / len(ordered))
+    spread = margin * math.sqrt(sparsity * (1 - sparsity) / independent)
     low = math.floor((sparsity - spread) * len(ordered))
     high = math.ceil((sparsity + spread) * len(ordered))
     bottom = float(ordered[low]) if low >= 0 else 0.0
@@ -75,19 +78,21 @@ def bracket_of(sample: Tensor, sparsity: float, margin: float) -> tuple[float, f
 
 
 def by_bracket(
-    tiles: Tiles, count: int, sparsity: float, interpolated: bool, brackets: Iterator[tuple[float, float]]
-) -> tuple[Tensor, Tensor] | None:
+    tiles: Tiles, count: int, sparsity: float, interpolated: bool, brackets: Iterator[tuple[float, float]],
+    masks: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """The threshold and half the width of a good bracket for the next time (0-d); None if no bracket held.
 
-    Reads values on the host: for CPU tensors.
+    Reads values on the host: for CPU tensors. masks: two bool tensors shaped as a tile.
     """
     for bottom, top in brackets:
         below, held, total, inside = 0, 0, 0.0, []
         for m in tiles():
             total += float(m.sum())  # NaN if any element is
-            under = m < bottom
-            below += int(under.count_nonzero())
-            inside.append(m[(m <= top) ^ under])
+            under, within = masks(m)
+            below += int(torch.lt(m, bottom, out=under).count_nonzero())
+            torch.le(m, top, out=within).logical_xor_(under)
+            inside.append(m.flatten()[within.flatten()])
             held += len(inside[-1])
             if held > max(GATHER_LIMIT * count, 4096):
                 break

@@ -180,28 +180,39 @@ class Matrix:
         room = self._room(tile)
         return k.abs() if room is None else torch.abs(k, out=room[-1])
 
+    def masks(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two bool tensors shaped as a tile, in the room that its making has left."""
+        if not self._slots or self._pool is None:
+            return torch.empty_like(like, dtype=torch.bool), torch.empty_like(like, dtype=torch.bool)
+        # |K| is in the last slot and K is no longer needed; engines keep the second slot for themselves.
+        both = self._pool[like.numel() : 2 * like.numel()].view(torch.bool)
+        return both[: like.numel()].view(like.shape), both[like.numel() : 2 * like.numel()].view(like.shape)
+
     def magnitudes(self, groups: range) -> Iterator[Tensor]:
         whole = Block(slice(0, self.out_features), slice(0, self.in_features))
         for tile in self.tiles(whole, groups):
-            yield self.build(tile).abs_()
+            yield self.magnitude(tile, self.build(tile))
 
-    def sample(self, groups: range) -> Tensor:
-        """|K| of evenly spaced elements, to guess from [n]; every row and every column takes part if it can.
+    def sample(self, groups: range) -> tuple[Tensor, int]:
+        """|K| of evenly spaced elements, to guess from [n], and how many independent ones they are worth.
 
-        Rows and columns differ much (a factor's row with a large norm), so many of them with few elements each tell
-        more than a sub-matrix does.
+        Rows and columns differ much (a factor's row with a large norm), so patches that touch every row and every
+        column with few elements each tell more than a sub-matrix does.
         """
-        found = []
+        found, worth = [], 0
         for a, b, params in (self._parts[g] for g in groups):
             scalars = kernels.scalars(self._kernel, params)
             if self._by_rows and min(len(a), len(b)) >= 2 * PATCH:
                 count = max(len(a), len(b)) // PATCH
                 parts = _patches(a, count), _patches(b, count)
                 k = torch.func.vmap(partial(self._kernel.merged, params=scalars))(*parts)
+                worth += k.numel()
             else:
-                k = self._kernel.merged(a[:: max(len(a) // COLUMNS, 1)], b, scalars)
+                columns = a[:: max(len(a) // COLUMNS, 1)]
+                k = self._kernel.merged(columns, b, scalars)
+                worth += PATCH * len(columns)
             found.append(k.abs_().flatten())
-        return torch.cat(found)
+        return torch.cat(found), worth
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """dL/da, dL/db, dL/dparams of the whole layer, over the tiles so far."""

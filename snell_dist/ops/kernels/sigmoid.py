@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 AXIS = "rows"
-LIVE = 6
+LIVE = 7
 DENSE_AT_ZERO = True
 SEGMENTS = 1
 PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -0.5}

@@ -10,7 +10,7 @@ from torch import Tensor
 from snell_dist.ops.kernels import distance
 
 AXIS = "columns"
-LIVE = 12
+LIVE = 16
 DENSE_AT_ZERO = False
 SEGMENTS = 2
 PARAMS = {"alpha": 1.0, "gamma": 1.0, "beta": 0.0}
