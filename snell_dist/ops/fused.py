@@ -118,18 +118,22 @@ def _fill(
 
 
 def _store_and_look(
-    out: Tensor, block: Block, matrix: Matrix, hint: Tensor | None
+    out: Tensor, blocks: list[Block], matrix: Matrix, hint: Tensor | None
 ) -> tuple[Tensor, set[tuple[int, int]]]:
-    """Thresholds of a layer that is one block; K stays in `out`, so that it is built once."""
+    """Thresholds; K of the first block stays in `out`, so that it is built once."""
     built: set[tuple[int, int]] = set()
 
     def magnitudes(groups: range) -> Iterator[Tensor]:
-        for tile in matrix.tiles(block, groups):
-            target = tile.of(out, block)
-            if tile.key not in built:
-                matrix.build(tile, out=target)
-                built.add(tile.key)
-            yield matrix.magnitude(tile, target)
+        for block in blocks:
+            for tile in matrix.tiles(block, groups):
+                if block is not blocks[0]:
+                    yield matrix.magnitude(tile, matrix.build(tile))
+                    continue
+                target = tile.of(out, block)
+                if tile.key not in built:
+                    matrix.build(tile, out=target)
+                    built.add(tile.key)
+                yield matrix.magnitude(tile, target)
 
     return thresholds(matrix, hint, magnitudes), built
 
@@ -146,13 +150,19 @@ def _buffer(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     return matrix.like.new_empty(most, dtype=dtype)
 
 
+def _lend_rest(buffer: Tensor, block: Block, blocks: list[Block], matrix: Matrix) -> None:
+    """After the first block the output that was lent is in use: tiles move to what a smaller block leaves."""
+    if block != blocks[0]:
+        matrix.lend(buffer[(block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start) :])
+
+
 def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> Tensor:
     """delta [out, in], tile by tile."""
     matrix = Matrix(a, b, params, plan)
     delta = b.new_empty(len(b), len(a))
     whole, found, built = Block(slice(0, len(b)), slice(0, len(a))), None, set[tuple[int, int]]()
     if not plan.all_dense:
-        found, built = _store_and_look(delta, whole, matrix, None)
+        found, built = _store_and_look(delta, [whole], matrix, None)
     _fill(delta, whole, matrix, None if found is None else found[0], None, 1.0, built)
     return delta
 
@@ -224,13 +234,14 @@ def forward(
     how = _shape(x, seed, path, plan)
     y = x.new_empty(len(how.flat), len(weight))
     matrix = Matrix(a, b, params, plan, spare=y if y.dtype == b.dtype else None)
-    buffer, blocks = _buffer(matrix, x.dtype), list(matrix.blocks())
+    buffer, blocks = _buffer(matrix, x.dtype), matrix.blocks()
     look, found, built = given is None and not plan.all_dense, given, set[tuple[int, int]]()
-    if look and len(blocks) == 1 and x.dtype == b.dtype:
-        found, built = _store_and_look(_front(buffer, blocks[0]), blocks[0], matrix, hint)
+    if look and blocks and x.dtype == b.dtype:
+        found, built = _store_and_look(_front(buffer, blocks[0]), blocks, matrix, hint)
     elif look:
         found = thresholds(matrix, hint)
     for block in blocks:
+        _lend_rest(buffer, block, blocks, matrix)
         base, part = weight[block.rows, block.cols], _front(buffer, block)
         limits = None if found is None else found[0]
         _fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
@@ -258,6 +269,7 @@ def backward(
     matrix = Matrix(a, b, params, plan, spare=gx if needs_x and gx.dtype == b.dtype else None)
     buffer = _buffer(matrix, x.dtype)
     for block in matrix.blocks():
+        _lend_rest(buffer, block, matrix.blocks(), matrix)
         down, first = up[:, block.rows], block.rows.start == 0
         grad = _front(buffer, block)
         if how.parts is None:

@@ -25,6 +25,11 @@ class Plan:
         return self.sparsify != "paper"
 
     @property
+    def key(self) -> str:
+        """Two calls with the same key and the same factors have the same thresholds."""
+        return f"{self.kernel} {self.sparsify} {self.groups} {self.scope} {self.sparsities}"
+
+    @property
     def parts(self) -> list[range]:
         """The groups that share a threshold."""
         return [range(self.groups)] if self.scope == "matrix" else [range(g, g + 1) for g in range(self.groups)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEVELS = 1 << 16
-
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed (0-d int64) from the device's default generator."""
@@ -23,17 +21,22 @@ def draw_path(samples: int, rate: float, like: Tensor) -> Tensor:
 
 
 def keep_scale(seed: Tensor, shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
-    """Dropout's mask for `shape`: 0 or 1 / keep, the same for the same seed.
-
-    On the CPU a random 64-bit word serves four elements, so the rate is met to 1 / 2**16; the scale is that of the
-    rate that was met.
-    """
-    generator = torch.Generator(seed.device).manual_seed(int(seed))
+    """Dropout's mask for `shape`: 0 or 1/(1 - rate), the same for the same seed and device type."""
     if seed.device.type != "cpu":
-        return (
-            torch.empty(shape, dtype=dtype, device=seed.device).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
-        )
-    dropped, count = round(rate * LEVELS), shape.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    kept = words.view(torch.int16)[:count] >= dropped - LEVELS // 2
-    return kept.view(shape).to(dtype).mul_(LEVELS / (LEVELS - dropped))
+        return _hashed_scale(seed, shape, rate, dtype)
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.empty(shape, dtype=dtype).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+
+
+def _hashed_scale(seed: Tensor, shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:
+    """The same without the host reading the seed: a hash of seed and position (the mixing of SplitMix64)."""
+    z = torch.arange(1, shape.numel() + 1, device=seed.device).mul_(-0x61C8864680B583EB).add_(seed)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ _shift(z, shift)).mul_(factor)
+    uniform = _shift(z ^ _shift(z, 31), 40)  # 24 bits
+    return (uniform >= round(rate * (1 << 24))).view(shape).to(dtype).div_(1 - rate)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -33,20 +33,22 @@ class ThresholdState:
         self.refresh_every = refresh_every
         self.age = 0
         self.found: Tensor | None = None
-        self.plan: Plan | None = None
+        self.key = ""
 
     def step(self) -> None:
         self.age += 1
 
     def look_up(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
         """Thresholds [2, groups] to use as they are, and to start looking from; either may be None."""
-        if self.found is None or self.plan != plan:
+        if self.found is None or self.key != plan.key:
             return None, None
-        return (self.found, None) if self.age < self.refresh_every != 1 else (None, self.found)
+        if self.refresh_every > 1 and self.age < self.refresh_every:
+            return self.found, None
+        return None, self.found
 
     def keep(self, plan: Plan, found: Tensor) -> None:
         if not plan.all_dense:
-            self.found, self.plan, self.age = found, plan, 0
+            self.found, self.key, self.age = found, plan.key, 0
 
 
 def snell_linear(

@@ -121,31 +121,45 @@ class Matrix:
             GenericEngine(self._kernel, *part) if make is None else make(*part) for part in self._parts
         ]
         self._by_rows = self._kernel.AXIS == "rows"
-        self._size_tiles(GenericEngine.SLOTS if make is None else make.SLOTS, spare)
+        self._slots = GenericEngine.SLOTS if make is None else make.SLOTS
+        count, size = self.out_features * self.in_features, b.element_size()
+        budget = plan.workspace // size or count
+        # Thin arrays (a sample, what engines hold of the factors) and what a selection gathers count as well; where
+        # they are most of a small matrix, only a bound that was asked for is worth slow tiles.
+        reserve = 3 * (a.numel() + b.numel()) + count // 12
+        if plan.workspace:
+            budget = max(budget - reserve, budget // 8)
+        elif reserve < 2 * budget // 5:
+            budget -= reserve
+        self._lent = bool(self._slots) and spare is not None and not plan.workspace
+        self._room_size = 0 if self._lent else min(TILE_ELEMENTS * self._kernel.LIVE, budget // 2)
+        self._block_lines = max((budget - self._room_size) // max(self._line(), 1), 1)
+        self._pool: Tensor | None = None
+        if self._lent and spare is not None:
+            self.lend(spare)
 
-    def _size_tiles(self, slots: int, spare: Tensor | None) -> None:
-        """Lines (rows or columns) of a tile and of a block, for the plan's workspace."""
-        size = self.like.element_size()
-        line = self.in_features if self._by_rows else self.out_features
-        tile_line = self.in_features if self._by_rows else self.group_rows  # what a tile has of a line
-        budget = (self.plan.workspace or self.out_features * self.in_features * size) // size
-        # A bound leaves half of the room for the block.
-        room = min(TILE_ELEMENTS * self._kernel.LIVE, budget // 2)
-        usable = spare is not None and not self.plan.workspace and slots
-        if usable and spare is not None:
-            room = min(TILE_ELEMENTS * slots, spare.numel())
-        self.tile_lines = max(room // max(tile_line * (slots if usable else self._kernel.LIVE), 1), 1)
-        self.block_lines = max((budget if usable or not self.plan.workspace else budget - room) // max(line, 1), 1)
-        self._slots, self._pool = slots, spare.view(-1) if usable and spare is not None else None
+    def lend(self, memory: Tensor) -> None:
+        """Room that tiles may use from now on, in place of what was lent before; no effect where none was lent."""
+        if self._lent:
+            self._pool = memory.view(-1)
+            self._room_size = min(TILE_ELEMENTS * self._slots, memory.numel())
 
-    def blocks(self) -> Iterator[Block]:
-        """The whole weight, in as many equal parts as the workspace asks for."""
+    def _line(self) -> int:
+        """Elements of a line: a row of the weight, or a column."""
+        return self.in_features if self._by_rows else self.out_features
+
+    @property
+    def _tile_lines(self) -> int:
+        """Lines of a tile; its part of a line is within one group."""
+        line = self.in_features if self._by_rows else self.group_rows
+        return max(self._room_size // max(line * (self._slots if self._lent else self._kernel.LIVE), 1), 1)
+
+    def blocks(self) -> list[Block]:
+        """The whole weight in as few parts as the workspace allows; all but the last are of one size."""
         rows, cols = slice(0, self.out_features), slice(0, self.in_features)
-        for cut in _cuts(len(self._lines()), self.block_lines):
-            yield Block(cut, cols) if self._by_rows else Block(rows, cut)
-
-    def _lines(self) -> range:
-        return range(self.out_features if self._by_rows else self.in_features)
+        lines = self.out_features if self._by_rows else self.in_features
+        cuts = [slice(at, min(at + self._block_lines, lines)) for at in range(0, lines, self._block_lines)]
+        return [Block(cut, cols) if self._by_rows else Block(rows, cut) for cut in cuts]
 
     def tiles(self, block: Block, groups: range | None = None) -> Iterator[Tile]:
         """The tiles of a block (of some groups)."""
@@ -155,7 +169,7 @@ class Matrix:
             if top >= end:
                 continue
             lines = end - top if self._by_rows else block.cols.stop - block.cols.start
-            for cut in _cuts(lines, self.tile_lines):
+            for cut in _cuts(lines, self._tile_lines):
                 rows, cols = slice(top, end), block.cols
                 if self._by_rows:
                     rows = slice(top + cut.start, top + cut.stop)

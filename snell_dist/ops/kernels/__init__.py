@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 KERNELS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+# All at once: a compiled caller can look into a dictionary and cannot import.
+_FILES: dict[str, Any] = {name: importlib.import_module(f"{__name__}.{name}") for name in KERNELS}
 
 
-@cache
 def find(name: str) -> Any:
     """The kernel module called `name`, one of KERNELS."""
-    return importlib.import_module(f"{__name__}.{name}")
+    return _FILES[name]
 
 
 def scalars(kernel: Any, params: Tensor | None = None) -> dict[str, Tensor]:
