@@ -167,6 +167,11 @@ def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> Tens
     return delta
 
 
+def rows(x: Tensor) -> Tensor:
+    """[..., features] -> [tokens, features]."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
 def runs(path: Tensor | None, tokens: int) -> list[tuple[slice, float]] | None:
     """Token ranges with one scale of drop path; None where they are too short or only the device knows them."""
     if path is None:
@@ -220,7 +225,7 @@ class Shape:
 
 
 def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan) -> Shape:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows(x)
     parts = runs(path, len(flat)) if seed is None and x.element_size() >= 4 else None
     scale = None if parts is not None else input_scale(x, seed, path, plan)
     return Shape(flat, parts, scale, flat if scale is None else (x * scale).reshape(flat.shape))
@@ -262,7 +267,7 @@ def backward(
     found: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x [..., in] (empty if not needed), a, b, params, given gy [..., out]."""
-    how, up = _shape(x, seed, path, plan), gy.reshape(-1, gy.shape[-1])
+    how, up = _shape(x, seed, path, plan), rows(gy)
     # Blocks add up in gx; half precision would round at each of them.
     wide = torch.promote_types(x.dtype, torch.float32)
     gx = torch.empty(how.flat.shape if needs_x else 0, dtype=wide, device=x.device)

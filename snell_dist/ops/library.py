@@ -86,9 +86,9 @@ def _differentiate(ctx: Any, gy: Tensor, _: Any) -> Any:
     x, weight, *rest = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     gx, grad_a, grad_b, grad_params = linear_backward(gy, x, weight, *rest, *ctx.static, needs_x)
-    flat = gy.reshape(-1, gy.shape[-1])
+    flat = fused.rows(gy)
     # Mostly frozen; a weight that trains costs one more product.
-    grad_weight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs_weight else None
+    grad_weight = (flat.t() @ fused.rows(x)).to(weight.dtype) if needs_weight else None
     grad_bias = flat.sum(0).to(ctx.bias_dtype) if needs_bias else None
     return (
         gx if needs_x else None, grad_weight, grad_bias, grad_a, grad_b, None if rest[2] is None else grad_params,

@@ -76,13 +76,14 @@ def snell_linear(
     weight [out, in], frozen or not; a [in, groups*rank], b [out, rank]: group g owns the g-th of `groups` equal
     row slices of weight and b, and columns [g*rank, (g+1)*rank) of a.
     """
+    check_rate("dropout", dropout)
+    check_rate("drop_path", drop_path)
     rate = dropout if training else 0.0
     plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope, rate, workspace_bytes)
     check_choice("impl", impl, IMPLS)
     check_layer(x, weight, bias, a, b)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    check_rate("drop_path", drop_path)
     seed = draw_seed(x.device) if plan.dropout else None
     samples = x.shape[0] if x.dim() > 1 else 1
     path = draw_path(samples, drop_path, x) if training and drop_path else None
@@ -118,7 +119,8 @@ def merge_delta(
     check_choice("impl", impl, IMPLS)
     for name, factor in (("a", a), ("b", b)):
         if not torch.isfinite(factor).all():
-            raise ValueError(f"{name} has entries that are not finite (NaN or infinity)")
+            odd = int((~torch.isfinite(factor)).sum())
+            raise ValueError(f"{name} has {odd} of {factor.numel()} entries that are not finite (NaN or infinity)")
     a, b, params = wide(a), wide(b), stack_params(kernel, kernel_params, groups, a)
     with torch.autocast(a.device.type, enabled=False):
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, params) if t is not None)
@@ -179,7 +181,6 @@ def make_plan(
     check_choice("kernel", kernel, kernels.KERNELS)
     check_choice("sparsify", sparsify, SPARSIFY)
     check_choice("sparsity_scope", scope, SCOPES)
-    check_rate("dropout", dropout)
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be a positive integer; got {groups!r}")
     if a.dim() != 2 or b.dim() != 2:
@@ -194,6 +195,8 @@ def make_plan(
         raise ValueError(f"a and b must share device and dtype; got {a.device}, {a.dtype} and {b.device}, {b.dtype}")
     check_rank(b.shape[1], kernel)
     count = groups if scope == "group" else 1
+    if isinstance(sparsity, str) or not isinstance(sparsity, (int, float, Sequence)):
+        raise ValueError(f"sparsity must be a number or a sequence of numbers; got {sparsity!r}")
     each = (sparsity,) * count if isinstance(sparsity, (int, float)) else tuple(sparsity)
     if len(each) != count:
         raise ValueError(f"sparsity must be one number or {count} for sparsity_scope={scope!r}; got {len(each)}")
@@ -211,6 +214,8 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         raise ValueError(
             f"weight must be [out, in] = [{b.shape[0]}, {a.shape[0]}] by b and a; got {tuple(weight.shape)}"
         )
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point; got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., in] with in = {weight.shape[1]}; got shape {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

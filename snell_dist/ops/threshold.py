@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torch.quantile's limit, and the largest count for which every float32 rank is an integer that exists.
-LIBRARY_LIMIT = 1 << 24
 DIGIT_BITS = 11
 # Of all elements, so many at most are gathered at once; beyond (ties) the radix selection takes over.
 GATHER_LIMIT = 1 / 4
@@ -34,14 +32,13 @@ Tiles = Callable[[], Iterable[Tensor]]  # makes all tiles of |K| anew
 def position(sparsity: float, count: int, interpolated: bool, dtype: torch.dtype) -> tuple[int, int, float]:
     """Ranks below and above the quantile of `count` elements, and the weight of the one above.
 
-    Up to the library's limit the position s (n - 1) is rounded in `dtype` as torch.quantile rounds it, so that
-    thresholds agree to the last bit; beyond, float32 could not name every rank and float64 is used.
+    torch.quantile rounds s to the elements' dtype and takes s (n - 1) in float64. So does this, at any count, and
+    thresholds agree with the library's to the last bit where the library has an answer.
     """
     if not interpolated:  # 1e-6: 0.07 * 100 must not become rank 8
         rank = max(math.ceil(sparsity * count - 1e-6) - 1, 0)
         return rank, rank, 0.0
-    exact = dtype if count <= LIBRARY_LIMIT else torch.float64
-    place = float(torch.tensor(sparsity, dtype=exact) * (count - 1))
+    place = float(torch.tensor(sparsity, dtype=dtype)) * (count - 1)
     below = min(math.floor(place), count - 1)
     return below, min(math.ceil(place), count - 1), place - below
 

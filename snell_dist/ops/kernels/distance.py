@@ -70,7 +70,7 @@ class Engine:
 
 def _halves(factor: Tensor) -> Tensor:
     """[features, r] -> scaled [2, features, r/2]."""
-    return (SCALE * factor).reshape(len(factor), 2, -1).transpose(0, 1)
+    return (SCALE * factor).unflatten(1, (2, factor.shape[1] // 2)).transpose(0, 1)
 
 
 def _whole(halves: Tensor, extra: int = 2) -> Tensor:
