@@ -98,6 +98,17 @@ def test_every_kernel_trains_with_its_scalars_and_merges(kernel: str) -> None:
     torch.testing.assert_close(snell_dist.merge(model)(x), before)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear")])
+def test_an_adapted_model_compiles_in_one_graph(method: str) -> None:
+    model = snell_dist.adapt(vit(), method, rank=4, also_train=["head"])
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the second call finds what the layers remember of the first
+        torch.testing.assert_close(compiled(images), model(images))
+        compiled(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_lora_agrees_with_peft() -> None:
     import peft
 
