@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -126,7 +125,7 @@ class Matrix:
         budget = plan.workspace // size or count
         # Thin arrays (a sample, what engines hold of the factors) and what a selection gathers count as well; where
         # they are most of a small matrix, only a bound that was asked for is worth slow tiles.
-        reserve = 3 * (a.numel() + b.numel()) + count // 12
+        reserve = 3 * (a.numel() + b.numel()) + int(3 * count / max(len(a), len(b), 1) ** 0.5)
         if plan.workspace:
             budget = max(budget - reserve, budget // 8)
         elif reserve < 2 * budget // 5:
@@ -219,7 +218,7 @@ class Matrix:
             if self._by_rows and min(len(a), len(b)) >= 2 * PATCH:
                 count = max(len(a), len(b)) // PATCH
                 parts = _patches(a, count), _patches(b, count)
-                k = torch.func.vmap(partial(self._kernel.merged, params=scalars))(*parts)
+                k = self._kernel.merged(*parts, scalars)
                 worth += k.numel()
             else:
                 columns = a[:: max(len(a) // COLUMNS, 1)]

@@ -7,7 +7,8 @@ A kernel is one file here. With a [in, r] and b [out, r] (segment h is a column 
     DENSE_AT_ZERO          whether sparsity 0 means K itself, neither multiplied nor thresholded
     AXIS                   "rows" if any rows of K can be made alone, "columns" if columns can
     LIVE                   tiles of K's size that are alive at once in backward, for the workspace bound
-    merged(a, b, params)   K [out, in], differentiable by autograd: the definition
+    merged(a, b, params)   K [out, in], differentiable by autograd: the definition; a, b may carry a batch dimension
+                           in front where AXIS is "rows"
 
 and, where a gradient written by hand is faster, a class `Engine` (the protocol of that name in tiles.py).
 """

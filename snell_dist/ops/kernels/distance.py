@@ -19,7 +19,7 @@ SCALE = 0.1
 
 def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     """a [in, r], b [out, r] -> K [out, in]."""
-    (a1, a2), (b1, b2) = a.chunk(2, 1), b.chunk(2, 1)
+    (a1, a2), (b1, b2) = a.chunk(2, -1), b.chunk(2, -1)
     return SCALE * torch.cdist(b1, a1) - SCALE * torch.cdist(b2, a2)
 
 

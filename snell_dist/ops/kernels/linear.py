@@ -13,4 +13,4 @@ PARAMS: dict[str, float] = {}
 
 def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     """a [in, r], b [out, r] -> K [out, in]."""
-    return b @ a.t()
+    return b @ a.mT

@@ -17,5 +17,5 @@ PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -1.0}
 
 def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     """a [in, r], b [out, r] -> K [out, in]."""
-    squared = b.square().sum(1, keepdim=True) + a.square().sum(1) - 2 * b @ a.t()
+    squared = b.square().sum(-1, keepdim=True) + a.square().sum(-1).unsqueeze(-2) - 2 * b @ a.mT
     return params["alpha"] * (-params["beta"] * squared).exp() + params["gamma"]

@@ -17,4 +17,4 @@ PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -0.5}
 
 def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     """a [in, r], b [out, r] -> K [out, in]."""
-    return params["alpha"] * (params["beta"] * (b @ a.t())).sigmoid() + params["gamma"]
+    return params["alpha"] * (params["beta"] * (b @ a.mT)).sigmoid() + params["gamma"]
