@@ -11,131 +11,19 @@ in the last place of a bfloat16 weight 1e-4). Drop path alone merges: kept sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from snell_dist.ops.merging import factor_of, fill, merge, store_and_look, thresholds
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import keep_scale
-from snell_dist.ops.threshold import Tiles, bracket_of, by_bracket, by_partition, by_radix
-from snell_dist.ops.tiles import Block, Matrix, Tile
+from snell_dist.ops.tiles import TILE_ELEMENTS, Block, Matrix
 
 # A run of samples with one drop-path fate becomes a product of its own; shorter ones are not worth it.
 LEAST_RUN = 64
-
-
-# Half widths of the brackets that are tried, in standard deviations of the sample's quantile.
-MARGINS = 6.0, 20.0
-
-
-def thresholds(
-    matrix: Matrix, hint: Tensor | None, magnitudes: Callable[[range], Iterator[Tensor]] | None = None
-) -> Tensor:
-    """The threshold of each group, and half the width of a bracket for the next call: [2, groups].
-
-    hint: an earlier result for the same layer; it changes the time, never the result.
-    magnitudes: makes |K| of some groups tile by tile, where the caller has a better way than building it anew.
-    """
-    plan = matrix.plan
-    found = matrix.like.new_zeros(2, plan.groups)
-    for part, (groups, sparsity) in enumerate(zip(plan.parts, plan.sparsities, strict=True)):
-        if not plan.dense(sparsity):
-            last = None if hint is None else hint[:, part]
-            tiles = partial(magnitudes or matrix.magnitudes, groups)
-            found[:, groups.start : groups.stop] = _threshold(matrix, tiles, groups, sparsity, last).unsqueeze(1)
-    return found
-
-
-def _threshold(matrix: Matrix, tiles: Tiles, groups: range, sparsity: float, last: Tensor | None) -> Tensor:
-    count = matrix.group_rows * matrix.in_features * len(groups)
-    like = matrix.like
-    if count == 0:
-        return like.new_full((2,), torch.nan)
-
-    def brackets() -> Iterator[tuple[float, float]]:
-        if last is not None:
-            middle, width = last.tolist()
-            if width > 0:
-                yield max(middle - width, 0.0), middle + width
-        sample, independent = matrix.sample(groups)
-        for margin in MARGINS:
-            yield bracket_of(sample, sparsity, margin, independent)
-
-    interpolated = matrix.plan.interpolated
-    if like.device.type == "cpu":
-        result = by_bracket(tiles, count, sparsity, interpolated, brackets(), matrix.masks)
-        if result is not None:
-            return torch.stack(result)
-        if not matrix.plan.workspace:
-            value = by_partition(tiles, count, sparsity, interpolated, like)
-            return torch.stack([value, torch.zeros_like(value)])
-    value = by_radix(tiles, count, sparsity, interpolated, like)
-    return torch.stack([value, torch.zeros_like(value)])
-
-
-def factor_(magnitude: Tensor, threshold: Tensor, sparsify: str) -> Tensor:
-    """sparsify.factor in place of the magnitudes. NaN stays, and a NaN threshold removes nothing."""
-    if sparsify == "paper":
-        return magnitude.sub_(threshold).clamp_min_(0)
-    if magnitude.device.type == "cpu":
-        torch.threshold_(magnitude, float(threshold), 0)  # one pass; a host read, free here
-    else:
-        magnitude.masked_fill_(magnitude <= threshold, 0)
-    return magnitude if sparsify == "released" else magnitude.sign_()
-
-
-def _factor(matrix: Matrix, tile: Tile, k: Tensor, found: Tensor | None) -> Tensor | None:
-    """f of a tile, in room of its own; None for 1."""
-    if found is None or matrix.plan.dense(matrix.plan.sparsity_of(tile.group)):
-        return None
-    return factor_(matrix.magnitude(tile, k), found[tile.group], matrix.plan.sparsify)
-
-
-def _merge(target: Tensor, k: Tensor, factor: Tensor | None, base: Tensor | None, scale: float) -> None:
-    """target = base + scale k factor; k may be overwritten and may be the target."""
-    if factor is not None and base is not None and base.dtype == k.dtype == target.dtype:
-        torch.addcmul(base, k, factor, value=scale, out=target)
-        return
-    delta = k if factor is None else k.mul_(factor)
-    if scale != 1:
-        delta.mul_(scale)
-    target.copy_(delta if base is None else delta.add_(base))
-
-
-def _fill(
-    out: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None, scale: float,
-    built: Container[tuple[int, int]] = (),
-) -> None:  # fmt: skip
-    """Writes weight + scale delta of a block (or delta alone); `built`: keys of tiles whose K is there already."""
-    for tile in matrix.tiles(block):
-        target = tile.of(out, block)
-        k = target if tile.key in built else matrix.build(tile)
-        base = None if weight is None else weight[tile.rows, tile.cols]
-        _merge(target, k, _factor(matrix, tile, k, found), base, scale)
-
-
-def _store_and_look(
-    out: Tensor, blocks: list[Block], matrix: Matrix, hint: Tensor | None
-) -> tuple[Tensor, set[tuple[int, int]]]:
-    """Thresholds; K of the first block stays in `out`, so that it is built once."""
-    built: set[tuple[int, int]] = set()
-
-    def magnitudes(groups: range) -> Iterator[Tensor]:
-        for block in blocks:
-            for tile in matrix.tiles(block, groups):
-                if block is not blocks[0]:
-                    yield matrix.magnitude(tile, matrix.build(tile))
-                    continue
-                target = tile.of(out, block)
-                if tile.key not in built:
-                    matrix.build(tile, out=target)
-                    built.add(tile.key)
-                yield matrix.magnitude(tile, target)
-
-    return thresholds(matrix, hint, magnitudes), built
 
 
 def _front(memory: Tensor, block: Block) -> Tensor:
@@ -154,17 +42,6 @@ def _lend_rest(buffer: Tensor, block: Block, blocks: list[Block], matrix: Matrix
     """After the first block the output that was lent is in use: tiles move to what a smaller block leaves."""
     if block != blocks[0]:
         matrix.lend(buffer[(block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start) :])
-
-
-def merge_delta(a: Tensor, b: Tensor, params: Tensor | None, plan: Plan) -> Tensor:
-    """delta [out, in], tile by tile."""
-    matrix = Matrix(a, b, params, plan)
-    delta = b.new_empty(len(b), len(a))
-    whole, found, built = Block(slice(0, len(b)), slice(0, len(a))), None, set[tuple[int, int]]()
-    if not plan.all_dense:
-        found, built = _store_and_look(delta, [whole], matrix, None)
-    _fill(delta, whole, matrix, None if found is None else found[0], None, 1.0, built)
-    return delta
 
 
 def rows(x: Tensor) -> Tensor:
@@ -209,6 +86,14 @@ def _add_product(
         torch.addmm(out, one, two, beta=not first, alpha=alpha, out=out)
 
 
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in another dtype, a few at a time; all at once where it has that dtype already."""
+    step = len(weight) if weight.dtype == dtype else max(TILE_ELEMENTS // max(weight.shape[1], 1), 1)
+    for start in range(0, len(weight), max(step, 1)):
+        cut = slice(start, min(start + step, len(weight)))
+        yield cut, weight[cut].to(dtype)
+
+
 @dataclass(frozen=True)
 class Shape:
     """How one call multiplies: runs of tokens with one scale if merged, else the separate delta's input."""
@@ -242,20 +127,21 @@ def forward(
     buffer, blocks = _buffer(matrix, x.dtype), matrix.blocks()
     look, found, built = given is None and not plan.all_dense, given, set[tuple[int, int]]()
     if look and blocks and x.dtype == b.dtype:
-        found, built = _store_and_look(_front(buffer, blocks[0]), blocks, matrix, hint)
+        found, built = store_and_look(_front(buffer, blocks[0]), blocks, matrix, hint)
     elif look:
         found = thresholds(matrix, hint)
     for block in blocks:
         _lend_rest(buffer, block, blocks, matrix)
         base, part = weight[block.rows, block.cols], _front(buffer, block)
         limits = None if found is None else found[0]
-        _fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
+        fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
         out, flat, first = y[:, block.rows], how.flat[:, block.cols], block.cols.start == 0
         shift = None if bias is None else bias[block.rows]
-        for span, scale in how.parts or ():
-            _add_product(out[span], flat[span], (part if scale else base.to(x.dtype)).t(), first, bias=shift)
+        for span, scale in how.parts or [(slice(None), 0.0)]:
+            for cut, own in [(slice(None), part)] if scale else _in_dtype(base, x.dtype):
+                own_shift = None if shift is None else shift[cut]
+                _add_product(out[span, cut], flat[span], own.t(), first, bias=own_shift)
         if how.parts is None:
-            _add_product(out, flat, base.to(x.dtype).t(), first, bias=shift)
             out.addmm_(how.changed[:, block.cols], part.t())
     # A custom op may not return its input.
     result = matrix.like.new_empty(2, plan.groups) if found is None or not look else found
@@ -290,28 +176,30 @@ def backward(
         if needs_x:
             target, base = gx[:, block.cols], weight[block.rows, block.cols]
             for span, scale in how.parts or [(slice(None), 1.0)]:
-                _add_product(target[span], down[span], grad if scale else base.to(x.dtype), first)
+                for i, (cut, own) in enumerate([(slice(None), grad)] if scale else _in_dtype(base, x.dtype)):
+                    _add_product(target[span], down[span, cut], own, first and i == 0)
     if needs_x and how.parts is None:
         if how.scale is not None:
             gx.view(x.shape).mul_(how.scale)
         for block in matrix.blocks():
-            base = weight[block.rows, block.cols].to(x.dtype)
-            _add_product(gx[:, block.cols], up[:, block.rows], base, False)
+            down = up[:, block.rows]
+            for cut, own in _in_dtype(weight[block.rows, block.cols], x.dtype):
+                _add_product(gx[:, block.cols], down[:, cut], own, False)
     grad_a, grad_b, grad_params = matrix.gradients()
     return gx.view(x.shape if needs_x else 0).to(x.dtype), grad_a, grad_b, grad_params
 
 
 def _factor_gradients(
-    grad: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None, scale: float, merge: bool
+    grad: Tensor, block: Block, matrix: Matrix, found: Tensor | None, weight: Tensor | None, scale: float, merging: bool
 ) -> None:
     """From dL/d(delta) of a block to the sums in the matrix's engines.
 
-    With `merge`, each tile of the gradient makes room, once it is used, for what `_fill` would write there.
+    With `merging`, each tile of the gradient makes room, once it is used, for what `fill` would write there.
     """
     for tile in matrix.tiles(block):
         own, k = tile.of(grad, block), matrix.build(tile, keep=True)
-        factor = _factor(matrix, tile, k, found)
+        factor = factor_of(matrix, tile, k, found)
         wide = own.to(k.dtype)
-        matrix.engines[tile.group].backward(wide if factor is None else wide.mul_(factor))
-        if merge:
-            _merge(own, k, factor, None if weight is None else weight[tile.rows, tile.cols], scale)
+        matrix.backward(tile, wide if factor is None else wide.mul_(factor))
+        if merging:
+            merge(own, k, factor, None if weight is None else weight[tile.rows, tile.cols], scale)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snell_dist.ops import fused
+from snell_dist.ops import fused, merging
 from snell_dist.ops.plan import Plan
 
 
@@ -32,8 +32,8 @@ def merge(
     a: Tensor, b: Tensor, params: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
 ) -> Tensor:  # fmt: skip
-    """fused.merge_delta: [out, in]."""
-    return fused.merge_delta(a, b, params, _plan(names, groups, sparsities, dropout, workspace))
+    """merging.merge_delta: [out, in]."""
+    return merging.merge_delta(a, b, params, _plan(names, groups, sparsities, dropout, workspace))
 
 
 @merge.register_fake

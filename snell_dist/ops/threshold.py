@@ -38,7 +38,7 @@ def position(sparsity: float, count: int, interpolated: bool, dtype: torch.dtype
     if not interpolated:  # 1e-6: 0.07 * 100 must not become rank 8
         rank = max(math.ceil(sparsity * count - 1e-6) - 1, 0)
         return rank, rank, 0.0
-    place = float(torch.tensor(sparsity, dtype=dtype)) * (count - 1)
+    place = float(np.float32(sparsity) if dtype == torch.float32 else sparsity) * (count - 1)
     below = min(math.floor(place), count - 1)
     return below, min(math.ceil(place), count - 1), place - below
 
@@ -136,7 +136,8 @@ def by_radix(tiles: Tiles, count: int, sparsity: float, interpolated: bool, like
             seen.scatter_add_(0, digit, torch.ones_like(digit))
         upto = seen[:-1].cumsum(0)
         found = torch.searchsorted(upto, rank, right=True)
-        rank = rank - torch.where(found > 0, upto[(found - 1).clamp_min(0)], 0)
+        # (take: an index in brackets would be read on the host)
+        rank = rank - torch.where(found > 0, upto.take((found - 1).clamp_min(0)), 0)
         prefix = (prefix << take) | found.to(whole)
         left -= take
     first = prefix.view(like.dtype)

@@ -7,6 +7,7 @@ couples the out axis (SNELLA's softmax) in column tiles [out/groups, n].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,33 +73,31 @@ class Engine(Protocol):
 
 
 class GenericEngine:
-    """Any kernel, through torch's own differentiation of its `merged` (by functions: autograd rests inside an op)."""
+    """Any kernel, by its `merged` and `pullback`."""
 
     SLOTS = 0
 
     def __init__(self, kernel: Any, a: Tensor, b: Tensor, params: Tensor | None) -> None:
-        self._kernel = kernel
-        self._inputs = (a, b) if params is None else (a, b, params)
-        self._sums = [torch.zeros_like(t) for t in self._inputs]
+        self._kernel, self._a, self._b = kernel, a, b
+        self._scalars = kernels.scalars(kernel, params)
+        self._sums = torch.zeros_like(a), torch.zeros_like(b)
+        self._sum_scalars = None if params is None else torch.zeros_like(params)
 
     def build(self, rows: slice, cols: slice, keep: bool, pool: Tensor | None, out: Tensor | None) -> Tensor:
-        def merged(a: Tensor, b: Tensor, *params: Tensor) -> Tensor:
-            return self._kernel.merged(a[cols], b[rows], kernels.scalars(self._kernel, *params))
-
-        if not keep:
-            k = merged(*self._inputs)
-            return k if out is None else out.copy_(k)
-        found: Any = torch.func.vjp(merged, *self._inputs)
-        self._pull = found[1]
-        return found[0].clone()
+        self._place = rows, cols
+        k = self._kernel.merged(self._a[cols], self._b[rows], self._scalars)
+        return k if out is None else out.copy_(k)
 
     def backward(self, grad: Tensor) -> None:
-        self._sums = [s.add_(g) for s, g in zip(self._sums, self._pull(grad), strict=True)]
-        del self._pull
+        rows, cols = self._place
+        grad_a, grad_b, scalars = self._kernel.pullback(self._a[cols], self._b[rows], self._scalars, grad)
+        self._sums[0][cols] += grad_a
+        self._sums[1][rows] += grad_b
+        if self._sum_scalars is not None:
+            self._sum_scalars += torch.stack([scalars[name] for name in self._kernel.PARAMS])
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        a, b, *params = self._sums
-        return a, b, params[0] if params else None
+        return *self._sums, self._sum_scalars
 
 
 class Matrix:
@@ -125,7 +124,8 @@ class Matrix:
         budget = plan.workspace // size or count
         # Thin arrays (a sample, what engines hold of the factors) and what a selection gathers count as well; where
         # they are most of a small matrix, only a bound that was asked for is worth slow tiles.
-        reserve = 3 * (a.numel() + b.numel()) + int(3 * count / max(len(a), len(b), 1) ** 0.5)
+        longer = max(len(a), len(b), 1)
+        reserve = 3 * (a.numel() + b.numel()) + max(5 * PATCH * longer, int(3 * count / longer**0.5))
         if plan.workspace:
             budget = max(budget - reserve, budget // 8)
         elif reserve < 2 * budget // 5:
@@ -177,7 +177,13 @@ class Matrix:
                 yield Tile(group, rows, cols, slice(rows.start - first, rows.stop - first))
 
     def build(self, tile: Tile, keep: bool = False, out: Tensor | None = None) -> Tensor:
-        return self.engines[tile.group].build(tile.own, tile.cols, keep, self._room(tile), out)
+        with exact_products():
+            return self.engines[tile.group].build(tile.own, tile.cols, keep, self._room(tile), out)
+
+    def backward(self, tile: Tile, grad: Tensor) -> None:
+        """Adds the gradient of the tile built last (with `keep`)."""
+        with exact_products():
+            self.engines[tile.group].backward(grad)
 
     def _room(self, tile: Tile) -> Tensor | None:
         if not self._slots:
@@ -232,6 +238,23 @@ class Matrix:
         a, b, params = zip(*(engine.gradients() for engine in self.engines), strict=True)
         known = [p for p in params if p is not None]
         return torch.cat(a, 1), torch.cat(b, 0), torch.stack(known, 1) if known else None
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """No TF32 or bfloat16 inside float32 products: a distance in product form is a difference of near equals.
+
+    The layer's own dense products keep what the user has set.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cuts(length: int, most: int) -> Iterator[slice]:

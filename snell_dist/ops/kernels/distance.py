@@ -23,6 +23,17 @@ def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     return SCALE * torch.cdist(b1, a1) - SCALE * torch.cdist(b2, a2)
 
 
+def pullback(a: Tensor, b: Tensor, params: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """dL/da, dL/db, dL/dparams of K, or of columns of it, given dL/dK [out, in]."""
+    down, up = [], []
+    for sign, one, two in zip((SCALE, -SCALE), a.chunk(2, 1), b.chunk(2, 1), strict=True):
+        far = torch.cdist(two, one)
+        q = sign * grad / torch.where(far > 0, far, torch.inf)
+        down.append(one * q.sum(0).unsqueeze(1) - q.mT @ two)
+        up.append(two * q.sum(1, keepdim=True) - q @ one)
+    return torch.cat(down, 1), torch.cat(up, 1), {}
+
+
 class Engine:
     """Tiles of K with the distances in product form, as the library's cdist takes them, and their gradient.
 

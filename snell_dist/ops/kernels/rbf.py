@@ -18,4 +18,14 @@ PARAMS = {"alpha": 1.0, "beta": 1.0, "gamma": -1.0}
 def merged(a: Tensor, b: Tensor, params: dict[str, Tensor]) -> Tensor:
     """a [in, r], b [out, r] -> K [out, in]."""
     squared = b.square().sum(-1, keepdim=True) + a.square().sum(-1).unsqueeze(-2) - 2 * b @ a.mT
-    return params["alpha"] * (-params["beta"] * squared).exp() + params["gamma"]
+    # exp(z) = 1 + expm1(z): near z = 0 the digits of z are not lost beside 1.
+    return params["alpha"] * (-params["beta"] * squared).expm1() + (params["alpha"] + params["gamma"])
+
+
+def pullback(a: Tensor, b: Tensor, params: dict[str, Tensor], grad: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """dL/da, dL/db, dL/dparams of K, or of columns of it, given dL/dK [out, in]."""
+    squared = b.square().sum(1, keepdim=True) + a.square().sum(1) - 2 * b @ a.mT
+    near = grad * (-params["beta"] * squared).exp()
+    slope = -2 * params["alpha"] * params["beta"] * near
+    own = {"alpha": near.sum(), "beta": -params["alpha"] * (near * squared).sum(), "gamma": grad.sum()}
+    return a * slope.sum(0).unsqueeze(1) - slope.mT @ b, b * slope.sum(1, keepdim=True) - slope @ a, own
