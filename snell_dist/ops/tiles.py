@@ -124,8 +124,9 @@ class Matrix:
         budget = plan.workspace // size or count
         # Thin arrays (a sample, what engines hold of the factors) and what a selection gathers count as well; where
         # they are most of a small matrix, only a bound that was asked for is worth slow tiles.
-        longer = max(len(a), len(b), 1)
-        reserve = 3 * (a.numel() + b.numel()) + max(5 * PATCH * longer, int(3 * count / longer**0.5))
+        longer, thin = max(len(a), len(b), 1), a.numel() + b.numel()
+        look = max(3 * longer * (b.shape[1] + PATCH), int(3 * count / longer**0.5))
+        reserve = max(5 * thin // 4 + look, 5 * thin // 2)
         if plan.workspace:
             budget = max(budget - reserve, budget // 8)
         elif reserve < 2 * budget // 5:
