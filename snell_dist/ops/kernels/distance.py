@@ -74,9 +74,10 @@ class Engine:
         if self._sum_a is None:
             return torch.zeros_like(_whole(self._right)), torch.zeros_like(_whole(self._left)), None
         # sums over out of q (-2 b), q |b|^2, q; and over in of q a, q, q |a|^2
-        grad_a = self._right[..., :-2] * self._sum_a[..., -1:] + self._sum_a[..., :-2] / 2
-        grad_b = self._left[..., :-2] / -2 * self._sum_b[..., -2:-1] - self._sum_b[..., :-2]
-        return SCALE * _whole(grad_a, 0), SCALE * _whole(grad_b, 0), None
+        grad_a, grad_b = self._sum_a[..., :-2], self._sum_b[..., :-2]
+        grad_a.div_(2).addcmul_(self._right[..., :-2], self._sum_a[..., -1:])
+        grad_b.neg_().addcmul_(self._left[..., :-2], self._sum_b[..., -2:-1], value=-0.5)
+        return _whole(grad_a, 0).mul_(SCALE), _whole(grad_b, 0).mul_(SCALE), None
 
 
 def _halves(factor: Tensor) -> Tensor:
