@@ -74,7 +74,18 @@ def snell_linear(
     """y = x W0^T + bias + drop_path(dropout(x) delta^T); x [..., in] -> y [..., out].
 
     weight [out, in], frozen or not; a [in, groups*rank], b [out, rank]: group g owns the g-th of `groups` equal
-    row slices of weight and b, and columns [g*rank, (g+1)*rank) of a.
+    row slices of weight and b, and columns [g*rank, (g+1)*rank) of a. y has x's dtype, or autocast's.
+
+    sparsity: the fraction of each matrix that becomes zero, in [0, 1); one number, or one per group. 0 is the
+    kernel's matrix itself (but for `snella`, which then loses its smallest entry, as released).
+    sparsify: what survivors |K| > t become (sparsify.py); sparsity_scope: a threshold per `group`, or one for
+    the whole `matrix`. kernel: a file of kernels/; kernel_params: its scalars by name, one per group or for all.
+    dropout: on the delta's input; drop_path: of whole samples (x's first dimension) of the delta's output; both
+    only where `training`, drawn from torch's generator.
+    workspace_bytes: a bound on temporary memory beside x, y and gradients; None: one matrix in the factors' dtype.
+    state: what the layer remembers between calls; it saves time. impl: `reference` keeps every intermediate.
+    Source: SNELL (Expanding Sparse Tuning for Low Memory Usage, NeurIPS 2024), section 3, and its released code.
+    Raises ValueError, in one line, for arguments that do not fit. Factors that are not finite give NaN.
     """
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
