@@ -96,7 +96,7 @@ def _train(args: argparse.Namespace) -> int:
     if outcome.interrupted:
         again = ["snell", "train", args.config, *args.overrides]
         if outcome.folder is None:  # in the training of its base, which continues by itself
-            again += ["--out", str(args.out)]
+            again += ["--out", str(args.out), *(["--folder", str(args.folder)] if args.folder else [])]
         else:
             again += ["--resume", "--folder", str(outcome.folder)]
         log.info(f"interrupted and saved; continue with: {shlex.join(again)}")

@@ -67,6 +67,10 @@ class Plugin:
         files = (PACKAGE / self.folder).glob("*.py")
         return sorted(f.stem for f in files if not f.stem.startswith("_"))
 
+    def unknown(self, name: object) -> str:
+        """What to say of a name that is no file of the folder."""
+        return f"unknown name{nearest(name, self.names())} (allowed: {', '.join(self.names())})"
+
     def find(self, name: str) -> type[Section]:
         """The class `Name` of the file `name`; KeyError where there is no such file."""
         if name not in self.names():
@@ -185,9 +189,8 @@ def _with_plugins(schema: type[Schema], tree: dict[str, Any], problems: list[Pro
         try:
             fields[key] = (plugin.find(str(name)), ...)
         except KeyError:
-            allowed = f"allowed: {', '.join(plugin.names())}"
-            message = "required key is missing" if name is None else f"unknown name{nearest(name, plugin.names())}"
-            problems.append(Problem(f"{key}.name", f"{message} ({allowed})", name))
+            allowed = f"required key is missing (allowed: {', '.join(plugin.names())})"
+            problems.append(Problem(f"{key}.name", allowed if name is None else plugin.unknown(name), name))
     return create_model(schema.__name__, __base__=schema, **fields) if fields else schema
 
 

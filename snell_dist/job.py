@@ -19,7 +19,10 @@ def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | Non
 
     Raises ConfigError (with the lines of the keys) or UserError before anything is written.
     """
-    device = dist.pick_device(loaded.config.train.device)
+    try:
+        device = dist.pick_device(loaded.config.train.device)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
     with dist.process_group(device):
         return _run(loaded, out, resume, folder, device, ())
 

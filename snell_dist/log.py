@@ -5,6 +5,7 @@ One process speaks: rank 0. A terminal gets rich's progress bar, a pipe gets pla
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("snell_dist")
 
 
-def console() -> Console:
-    """Standard error: standard output belongs to what a command was asked for."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
 def set_up() -> None:
     """Sends messages of rank 0 to the terminal; other ranks only warn."""
     LOGGER.handlers.clear()
@@ -39,7 +33,7 @@ def set_up() -> None:
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        LOGGER.addHandler(RichHandler(console=_shared_console(), show_level=False, show_path=False))
+        LOGGER.addHandler(RichHandler(console=_console(), show_level=False, show_path=False))
     else:
         LOGGER.addHandler(logging.StreamHandler())
 
@@ -64,18 +58,15 @@ def info(message: str) -> None:
     LOGGER.info(message)
 
 
-def warn(message: str) -> None:
-    LOGGER.warning(message)
+@functools.cache
+def _console() -> Console:
+    """One for messages and the progress bar, so that neither writes into the other.
 
+    It is standard error: standard output belongs to what a command was asked for.
+    """
+    from rich.console import Console
 
-_CONSOLE: list[Any] = []
-
-
-def _shared_console() -> Console:
-    """One console for messages and the progress bar, so that neither writes into the other."""
-    if not _CONSOLE:
-        _CONSOLE.append(console())
-    return _CONSOLE[0]
+    return Console(stderr=True, highlight=False)
 
 
 class MetricsFile:
@@ -113,7 +104,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-            self._bar = Bar(*columns, console=_shared_console(), transient=True)
+            self._bar = Bar(*columns, console=_console(), transient=True)
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()
 

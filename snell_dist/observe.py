@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,8 +56,6 @@ class StepTimer:
 
     def _now(self) -> Any:
         if not self._cuda:
-            import time
-
             return time.perf_counter()
         import torch
 

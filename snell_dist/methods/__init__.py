@@ -143,8 +143,7 @@ def adapt(model: nn.Module, method: str, *, groups: Mapping[str, int] | None = N
 
     plugin = Plugin("methods")
     if method not in plugin.names():
-        message = f"unknown name{nearest(method, plugin.names())} (allowed: {', '.join(plugin.names())})"
-        raise ConfigError(Problem("method", message, method))
+        raise ConfigError(Problem("method", plugin.unknown(method), method))
     chosen = check({"name": method, **options}, plugin.find(method))
     assert isinstance(chosen, Method)
     fused = {"*attn.qkv": 3, **(groups or {})}
