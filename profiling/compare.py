@@ -129,7 +129,7 @@ def adapted_model(result: dict[str, Any]) -> tuple[Any, Any, Any]:
     built = build(load(str(folder / "config.yaml"), [], Run).config, result["base_weights"], torch.device("cpu"))
     model = built.engine.model
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_adapter(folder / ADAPTER, model, built.backbone.fingerprint)
+    load_adapter(folder / ADAPTER, model, built.fingerprint)
     return methods.merge(model).eval(), base, built.splits
 
 

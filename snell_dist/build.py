@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from torch import Tensor
 
-from snell_dist import dist, log, methods, optim, remat
-from snell_dist.backbones import Backbone
+from snell_dist import dist, methods, optim, precision, remat
+from snell_dist.anatomy import Backbone, fingerprint
 from snell_dist.config import ConfigError, Problem
-from snell_dist.data import Splits
-from snell_dist.engines import Engine
+from snell_dist.data import Splits, micro_batches
+from snell_dist.engines import Engine, Work
 from snell_dist.run_config import Run
+from snell_dist.tasks import Task
 
 
 @dataclass(frozen=True)
 class Built:
     weights: str | None  # where the backbone's came from
+    fingerprint: str  # of those weights
     splits: Splits
     backbone: Backbone
     trainable: list[str]
+    task: Task
     engine: Engine
+
+    @property
+    def saved(self) -> list[str]:
+        """Names of all tensors that the base lacks."""
+        return [*self.trainable, *methods.remembered(self.backbone.model)]
 
 
 def build(config: Run, weights: str | None, device: torch.device) -> Built:
@@ -32,15 +43,28 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     config.data.accumulation()  # complains early
     dist.seed_everything(config.train.seed)
     splits = config.data.load()
-    backbone = config.backbone.model_copy(update={"weights": weights}).build(classes=len(splits.classes))
+    backbone = config.task.build(config.backbone.model_copy(update={"weights": weights}), splits)
     _fit(splits, backbone)
-    config.method.inject(backbone.model, backbone.targets)
-    trainable = config.method.trainable(backbone.model, backbone.besides)
+    identity = fingerprint(backbone.model, backbone.head)
+    task = config.task.prepare(backbone, splits)
+    config.method.inject(backbone)
+    trainable = config.method.trainable(backbone)
     methods.freeze_all_but(backbone.model, trainable)
-    remat.apply(config.remat, backbone.blocks)
-    make_optimizer = functools.partial(optim.make_optimizer, config.optim)
-    engine = config.engine.prepare(backbone.model, backbone.blocks, make_optimizer, config.optim.clip_norm, device)
-    return Built(weights, splits, backbone, trainable, engine)
+    config.method.calibrate(backbone.model, _losses(config, backbone, task, splits, device))
+    precision.apply(config.precision, backbone.model, trainable)
+    remat.apply(config.remat, backbone.block_modules)
+    engine = config.engine.prepare(
+        Work(
+            model=backbone.model,
+            blocks=backbone.block_modules,
+            remembered=list(methods.remembered(backbone.model)),
+            make_optimizer=functools.partial(optim.make_optimizer, config.optim),
+            clip_norm=config.optim.clip_norm,
+            precision=config.precision,
+            device=device,
+        )
+    )
+    return Built(weights, identity, splits, backbone, trainable, task, engine)
 
 
 def _fit(splits: Splits, backbone: Backbone) -> None:
@@ -50,11 +74,15 @@ def _fit(splits: Splits, backbone: Backbone) -> None:
         raise ConfigError(Problem("backbone.image_size", message))
 
 
-def say(config: Run, built: Built, device: torch.device) -> None:
-    """Tells the user what will train, and on what."""
-    sizes = {name: p.numel() for name, p in built.engine.model.named_parameters()}
-    trains, total = sum(sizes[name] for name in built.trainable), sum(sizes.values())
-    log.info(
-        f"{built.backbone.name}, {config.method.name}: {trains:,} of {total:,} parameters train ({trains / total:.1%})"
+def _losses(
+    config: Run, backbone: Backbone, task: Task, splits: Splits, device: torch.device
+) -> Iterator[Callable[[], Tensor]]:
+    """Calls for the losses of the first micro-batches, the same on every rank; on the model before it is wrapped."""
+    wanted = config.method.calibration()
+    if wanted:
+        backbone.model.to(device)
+    batches = (
+        batch for step in range(wanted) for batch in micro_batches(splits.train, config.data, step, 0, shared=True)
     )
-    log.info(f"{config.engine.name} on {dist.world_size()} x {device}, batch size {config.data.batch_size}")
+    for batch in islice(batches, wanted):
+        yield functools.partial(task.loss, backbone.model, batch.to(device))

@@ -12,20 +12,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from snell_dist import dist
-from snell_dist.backbones import read_tensors
 from snell_dist.config import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from snell_dist.backbones import Backbone
     from snell_dist.engines import Engine
     from snell_dist.methods import Method
 
@@ -61,26 +60,34 @@ def resume(folder: Path, engine: Engine) -> int:
     return int(done[-1].name.removeprefix("step_"))
 
 
-def save_adapter(
-    file: Path, model: nn.Module, names: Iterable[str], backbone: Backbone, method: Method, classes: list[str]
-) -> None:
-    """The trained tensors and what they belong to: the base's name and hash, the method, the class names."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if name in set(names)}
+@dataclass(frozen=True)
+class Belongs:
+    """What an adapter file belongs to."""
+
+    base: str
+    base_sha256: str
+    method: Method
+    classes: list[str]
+
+
+def save_adapter(file: Path, model: nn.Module, names: Iterable[str], belongs: Belongs) -> None:
+    """The named tensors, which are all that the base lacks, and what they belong to."""
+    state = model.state_dict()
     metadata = {
         "format": FORMAT,
-        "base": backbone.name,
-        "base_sha256": backbone.fingerprint,
-        "method": method.model_dump_json(),
-        "classes": json.dumps(classes),
+        "base": belongs.base,
+        "base_sha256": belongs.base_sha256,
+        "method": belongs.method.model_dump_json(),
+        "classes": json.dumps(belongs.classes),
     }
-    write_tensors(file, tensors, metadata)
+    write_tensors(file, {name: state[name] for name in names}, metadata)
 
 
 def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -> None:
     """Copies an adapter file into a model that the same method has adapted, in place.
 
     Raises UserError where the file is damaged, is not an adapter, fits another model, or (with
-    `base_sha256`, see `backbones.fingerprint`) was trained on other base weights.
+    `base_sha256`, see `anatomy.fingerprint`) was trained on other base weights.
     """
     tensors, metadata = read_tensors(file), read_metadata(file)
     if metadata.get("format") != FORMAT:
@@ -90,13 +97,23 @@ def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -
     if base_sha256 is not None and metadata["base_sha256"] != base_sha256:
         theirs = f"{metadata['base']} with weights {metadata['base_sha256'][:12]}"
         raise UserError(f"{file}: was trained on {theirs}, not {base_sha256[:12]}")
-    mine = dict(model.named_parameters())
+    mine = model.state_dict()
     for name, tensor in tensors.items():
         if name not in mine or mine[name].shape != tensor.shape:
             raise UserError(
                 f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}"
             )
     model.load_state_dict(tensors, strict=False)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. UserError where it is missing or damaged."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); was its copy cut off?") from None
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -95,6 +95,33 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Equally many rows [B, ...] of every rank, in the order of ranks [world_size * B, ...]; without gradient."""
+    if world_size() == 1:
+        return tensor.detach().clone()
+    import torch
+    import torch.distributed as torch_dist
+
+    pieces = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch_dist.all_gather(pieces, tensor.detach().contiguous())
+    return torch.cat(pieces)
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Where torch's generators stand, to draw the same again."""
+    import torch
+
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    import torch
+
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
 def seed_everything(*numbers: int) -> None:
     """Makes every generator a function of these numbers.
 

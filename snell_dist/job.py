@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from snell_dist import dist, log, run_folder
-from snell_dist.build import build, say
+from snell_dist.audit import audit
+from snell_dist.build import build
 from snell_dist.checkpoint import ADAPTER
 from snell_dist.config import ConfigError, Loaded, UserError, load
 from snell_dist.run_config import Run
@@ -51,7 +52,7 @@ def _run(
     place = dist.broadcast_object(place)
     with run_folder.lock(place), log.also_to(place / "train.log"):
         log.info(f"run folder {place}")
-        say(config, built, device)
+        log.info(audit(config, built, device))
         if dist.rank() == 0:
             run_folder.record_attempt(place, config.train.seed, str(device))
         return train(config, place, built, device)

@@ -12,7 +12,9 @@ from snell_dist.data import DataSection
 from snell_dist.engines import EngineSection
 from snell_dist.methods import Method
 from snell_dist.optim import Optim
+from snell_dist.precision import Precision
 from snell_dist.remat import Remat
+from snell_dist.tasks import TaskSection
 
 
 class Train(Section):
@@ -33,7 +35,9 @@ class Run(Section):
     backbone: Annotated[BackboneSection, Plugin("backbones")]
     method: Annotated[Method, Plugin("methods")]
     data: Annotated[DataSection, Plugin("data")]
+    task: Annotated[TaskSection, Plugin("tasks", default="classify")]
     engine: Annotated[EngineSection, Plugin("engines", default="ddp")]
+    precision: Precision = Precision()
     remat: Remat = Remat()
     optim: Optim = Optim()
     train: Train

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from snell_dist import checkpoint, dist, log, optim, run_folder
 from snell_dist.build import Built
 from snell_dist.config import UserError
-from snell_dist.data import PADDING, micro_batches
-from snell_dist.evaluate import evaluate
+from snell_dist.data import micro_batches, steps_per_epoch
 from snell_dist.memory.record import PeakMemory, process_mib
+from snell_dist.methods import Place
 from snell_dist.observe import Moment, Observer, StepTimer
 from snell_dist.run_config import Run
 
@@ -62,24 +61,22 @@ def loop(
     stop: dist.StopRequest,
 ) -> int:
     """The training steps from `start` on. Returns the number of steps done."""
-    cfg, engine, splits = config.train, built.engine, built.splits
+    cfg, engine, task, splits = config.train, built.engine, built.task, built.splits
+    epoch = steps_per_epoch(splits.train, config.data.batch_size)
     engine.model.train()
     done = start
     for step in range(start, cfg.steps):
-        # one step: images [B, C, H, W], the mean loss over the whole batch, one update
+        # one step: gradients of the mean loss over the whole batch, one update
         timer.start()
         dist.seed_everything(cfg.seed, step, dist.rank())
-        loss = torch.zeros((), device=engine.device)
-        for batch in engine.accumulate(micro_batches(splits.train, config.data, step, cfg.seed)):
-            logits = engine.forward(batch.images)
-            share = cross_entropy(logits, batch.labels, ignore_index=PADDING, reduction="sum") / batch.total
-            engine.backward(share * dist.world_size())  # engines average over ranks
-            loss += share.detach()
+        loss = task.step(engine, micro_batches(splits.train, config.data, step, cfg.seed))
         if step == start:
             check_gradients(built)
         lr = optim.lr_at(config.optim, step, cfg.steps)
         grad_norm = engine.step(lr)
-        config.method.after_step(engine.model, step)
+        task.after_step(engine.model)
+        config.method.after_step(engine.model, Place(step, cfg.steps, epoch))
+        engine.clear()
         timer.stop()
 
         # what is said, looked at, saved
@@ -91,7 +88,7 @@ def loop(
             metrics["step_s"] = statistics.median(timer.drain()[-cfg.log_every :])
             check_finite(metrics["loss"], step)
         if cfg.eval_every and done % cfg.eval_every == 0:
-            measured = evaluate(engine, splits.val, len(splits.classes), config.data.batch_size)
+            measured = task.evaluate(engine, splits.val, config.data.batch_size)
             metrics |= {f"val_{key}": value for key, value in measured.items()}
         for observer in observers:
             observer.on_step(Moment(step, metrics))
@@ -131,21 +128,21 @@ def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Obse
 
 def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
     """The one look at the test images, and the run's figures."""
-    classes, batch_size = len(built.splits.classes), config.data.batch_size
-    test = evaluate(built.engine, built.splits.test, classes, batch_size)
-    val = evaluate(built.engine, built.splits.val, classes, batch_size)
+    splits, batch_size = built.splits, config.data.batch_size
+    test = built.task.evaluate(built.engine, splits.test, batch_size)
+    val = built.task.evaluate(built.engine, splits.val, batch_size)
     parameters = dict(built.engine.model.named_parameters())
     seconds = timer.drain()
     return {
         "method": config.method.name,
         "base": built.backbone.name,
         "base_weights": built.weights,
-        "base_sha256": built.backbone.fingerprint,
+        "base_sha256": built.fingerprint,
         "protocol": "weights of the last step; test images looked at once",
         "trainable_parameters": sum(parameters[name].numel() for name in built.trainable),
         "parameters": sum(p.numel() for p in parameters.values()),
         "test_accuracy": test["accuracy"],
-        "test_images": len(built.splits.test),  # type: ignore[arg-type]
+        "test_images": len(splits.test),  # type: ignore[arg-type]
         "val_accuracy": val["accuracy"],
         "steps": config.train.steps,
         "median_step_s": statistics.median(seconds) if seconds else None,
@@ -155,6 +152,7 @@ def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
 def _finish(config: Run, folder: Path, built: Built, summary: dict[str, Any]) -> None:
     if dist.rank() == 0:
         file, classes = folder / checkpoint.ADAPTER, built.splits.classes
-        checkpoint.save_adapter(file, built.engine.model, built.trainable, built.backbone, config.method, classes)
+        belongs = checkpoint.Belongs(built.backbone.name, built.fingerprint, config.method, classes)
+        checkpoint.save_adapter(file, built.engine.model, built.saved, belongs)
         run_folder.write_summary(folder, summary)
     dist.barrier()

@@ -16,13 +16,11 @@ def test_an_adapter_file_gives_the_same_logits_on_the_same_base(tmp_path: Path) 
     assert outcome.folder is not None
     config = load(str(outcome.folder / "config.yaml"), [], Run).config
     built = build(config, None, torch.device("cpu"))
-    load_adapter(outcome.folder / ADAPTER, built.engine.model, built.backbone.fingerprint)
-    from snell_dist.evaluate import evaluate
-
-    assert evaluate(built.engine, built.splits.test, 5, 64)["accuracy"] == outcome.summary["test_accuracy"]
+    load_adapter(outcome.folder / ADAPTER, built.engine.model, built.fingerprint)
+    assert built.task.evaluate(built.engine, built.splits.test, 64)["accuracy"] == outcome.summary["test_accuracy"]
     metadata = read_metadata(outcome.folder / ADAPTER)
-    assert metadata["base_sha256"] == built.backbone.fingerprint
-    assert metadata["classes"] == '["5", "6", "7", "8", "9"]'
+    assert metadata["base_sha256"] == built.fingerprint
+    assert metadata["classes"] == '["five", "six", "seven", "eight", "nine"]'
     assert '"rank":4' in metadata["method"]
 
     with pytest.raises(UserError, match=r"was trained on .* not 000000000000"):

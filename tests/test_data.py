@@ -75,7 +75,7 @@ def test_digits_splits_are_disjoint_and_independent_of_the_chosen_classes() -> N
     splits = Digits(name="digits", classes=[7, 5]).load()
     counts = [len(s) for s in (splits.train, splits.val, splits.test)]  # type: ignore[arg-type]
     assert sum(counts) == 179 + 182, "scikit-learn documents 179 sevens and 182 fives"
-    assert splits.classes == ["7", "5"]
+    assert splits.classes == ["seven", "five"]
     alone = Digits(name="digits", classes=[5, 0]).load()
     fives = [image for image, label in (splits.test[i] for i in range(len(splits.test))) if label == 1]
     same = [image for image, label in (alone.test[i] for i in range(len(alone.test))) if label == 0]

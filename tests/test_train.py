@@ -13,8 +13,8 @@ import yaml
 from conftest import ENVIRONMENT, TINY, command, snell, train, trained
 from safetensors.torch import load_file
 
-from snell_dist.backbones import read_tensors
 from snell_dist.build import build
+from snell_dist.checkpoint import read_tensors
 from snell_dist.config import Plugin, UserError, load
 from snell_dist.job import run
 from snell_dist.run_config import Run

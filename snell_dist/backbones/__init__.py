@@ -1,86 +1,90 @@
 """Backbones: pretrained vision models. One file a family, found by its name.
 
-A family is a config section that builds a `Backbone`: the model, and what the rest of the harness
+A family is a config section that makes a `Backbone` (anatomy.py): the model, and what the rest of the harness
 needs to know of it without knowing the family.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from snell_dist.config import Section, UserError
+from pydantic import Field
+
+from snell_dist import log
+from snell_dist.anatomy import Backbone
+from snell_dist.config import ConfigError, Plugin, Problem, Section, check
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A built model. `fingerprint` identifies its weights, the classifier apart, before anything is adapted."""
-
-    name: str
-    model: nn.Module
-    blocks: list[nn.Module]  # in order: the unit of activation checkpointing and of sharding
-    targets: dict[str, int]  # linear layers to adapt, each with its number of row groups (fused qkv: 3)
-    besides: list[str]  # what the paper trains besides the factors in this family
-    image_shape: tuple[int, int, int]  # channels, height, width
-    fingerprint: str
+    from snell_dist.weights import Published
 
 
 class BackboneSection(Section):
-    """What every family says."""
+    """What every family says. `smallest`: settings of a model that a test can train in a second."""
+
+    smallest: ClassVar[dict[str, Any]] = {}
 
     name: str
-    weights: str | None = None
+    size: str
+    weights: str | None = Field(
+        None,
+        description="null: random; a file or folder in any published layout; hub:ORG/NAME; config:NAME, a"
+        " configuration that trains them; or a tag of timm or open_clip",
+    )
+    min_match: float = Field(0.99, ge=0, le=1, description="least share of the backbone that the weights must fill")
+    head: Literal["new", "file"] = Field("new", description="the classifier: new, or the weights' own")
 
-    def build(self, classes: int) -> Backbone:
-        """The model with a new classifier for `classes` classes. UserError where weights cannot be had."""
+    @classmethod
+    def sizes(cls) -> list[str]:
+        """The sizes that this family knows by name."""
         raise NotImplementedError
 
+    def make(self, classes: int) -> Backbone:
+        """The model with a classifier for `classes` classes and no weights yet; works on the meta device."""
+        raise NotImplementedError
 
-def load_weights(model: nn.Module, file: Path, new: Iterable[str] = ("head",)) -> None:
-    """Copies a safetensors file into the model, in place; parameters under `new` keep their initialisation.
+    def tagged(self, tag: str) -> Published:
+        """The weights that the family's library knows by this tag. UserError where they cannot be had."""
+        raise NotImplementedError
 
-    Raises UserError where the file is missing, damaged, or does not hold this model's weights.
-    """
-    state = read_tensors(file)
-    wanted = {name: t for name, t in model.state_dict().items() if name.partition(".")[0] not in set(new)}
-    missing = [name for name in wanted if name not in state]
-    shaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    if missing or shaped:
-        name = (shaped or missing)[0]
-        found = f"has {list(state[name].shape)} for" if name in state else "lacks"
-        raise UserError(
-            f"backbone.weights: {file} {found} {name} {list(wanted[name].shape)}"
-            f" ({len(missing)} missing, {len(shaped)} of another shape, of {len(wanted)}): is it another model's file?"
+    def own_name(self, name: str) -> str:
+        """Our name for a parameter that the family's library calls `name`."""
+        return name
+
+    def build(self, classes: Sequence[str]) -> Backbone:
+        """The model with its weights. ConfigError or UserError where either cannot be had."""
+        backbone = self.make(len(classes))
+        self.fill(backbone)
+        return backbone
+
+    def towers(self) -> Backbone:
+        """Image and text tower together, with their weights, for contrastive tuning."""
+        raise ConfigError(
+            Problem("backbone.name", "has no text tower, which task contrastive needs (clip has)", self.name)
         )
-    model.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+    def fill(self, backbone: Backbone) -> None:
+        """Copies the weights, if there are any, into the model."""
+        if self.weights is None:
+            if self.head == "file":
+                raise ConfigError(Problem("backbone.head", "needs backbone.weights, whose classifier it is", self.head))
+            return
+        from snell_dist import weights
+
+        found = weights.read(self.weights) if weights.is_source(self.weights) else self.tagged(self.weights)
+        found = replace(found, state={self.own_name(name): tensor for name, tensor in found.state.items()})
+        keep = self.head == "file"
+        report = weights.fit(backbone.model, found, head=backbone.head, keep_head=keep, least=self.min_match)
+        log.info(str(report))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. UserError where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); was its copy cut off?") from None
-
-
-def fingerprint(model: nn.Module, without: Iterable[str] = ("head",)) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the state dict, in its order."""
-    import torch
-
-    digest, skipped = hashlib.sha256(), set(without)
-    for name, tensor in model.state_dict().items():
-        if name.partition(".")[0] not in skipped:
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def section(name: str, **options: Any) -> BackboneSection:
+    """`clip/ViT-bigG-14` as a config section. ConfigError with the nearest names where there is none."""
+    family, _, size = name.partition("/")
+    plugin = Plugin("backbones")
+    if family not in plugin.names():
+        raise ConfigError(Problem("backbone", plugin.unknown(family), name))
+    chosen = check({"name": family, **({"size": size} if size else {}), **options}, plugin.find(family))
+    assert isinstance(chosen, BackboneSection)
+    return chosen

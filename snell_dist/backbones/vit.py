@@ -1,93 +1,99 @@
-"""Vision Transformers of timm, of any size (Dosovitskiy et al., 2021).
+"""Vision Transformers of timm, of any size (Dosovitskiy et al., 2021), and those of its other modules that have
+their form: DeiT, DINOv2, SigLIP's image towers, EVA.
 
-Adapted: qkv (as three matrices), proj, fc1 and fc2 of every block. Trained besides: head and class token.
+Adapted: q, k, v (row groups of qkv), proj, fc1 and fc2 of every block. Trained besides: head and class token.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from snell_dist.backbones import Backbone, BackboneSection, fingerprint, load_weights
-from snell_dist.config import ConfigError, Problem, UserError
+from snell_dist.anatomy import Backbone, linears, number
+from snell_dist.backbones import BackboneSection, _timm
+from snell_dist.config import ConfigError, Problem
 
-PATCH = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14, "giant": 14, "gigantic": 14}
-TARGETS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
+if TYPE_CHECKING:
+    from snell_dist.weights import Published
+
+MODULES = ("vision_transformer", "deit", "eva")
+PATCH = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14, "giant": 14, "gigantic": 14, "22b": 14}
+# No weights of this one are published; its shape is that of ViT-22B (Dehghani et al., 2023).
+SHAPES = {"22b": {"width": 6144, "depth": 48, "heads": 48}}
+SHORT = {size: f"vit_{'gigantic' if size in SHAPES else size}_patch{patch}_224" for size, patch in PATCH.items()}
 
 
 class Vit(BackboneSection):
+    smallest: ClassVar[dict[str, Any]] = {
+        "size": "tiny", "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 2,
+    }  # fmt: skip
+
     name: Literal["vit"]
-    size: Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"] = "base"
-    image_size: int = Field(224, ge=1, description="pixels a side")
+    size: str = Field("base", description=f"{', '.join(PATCH)}, or timm's name of a Vision Transformer")
+    image_size: int | None = Field(None, ge=1, description="pixels a side; null: the model's")
     patch_size: int | None = Field(None, ge=1, description="pixels a side; null: the size's usual one")
     channels: int = Field(3, ge=1)
     width: int | None = Field(None, ge=1, description="embedding dimension; null: the size's")
     depth: int | None = Field(None, ge=1, description="number of blocks; null: the size's")
     heads: int | None = Field(None, ge=1, description="attention heads; null: the size's")
+    mlp_ratio: float | None = Field(None, gt=0, description="width of the MLP over that of the model; null: the size's")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, linear over the blocks")
-    weights: str | None = Field(
-        None,
-        description="null: random; a .safetensors file; config:NAME, a configuration that trains them; or a timm tag",
-    )
 
-    def build(self, classes: int) -> Backbone:
-        import timm
+    @classmethod
+    def sizes(cls) -> list[str]:
+        return _timm.names(SHORT, MODULES)
 
-        patch = self.patch_size or PATCH[self.size]
-        if self.image_size % patch:
-            raise ConfigError(
-                Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", self.image_size)
-            )
-        arch = f"vit_{self.size}_patch{patch}_224"
-        if not timm.is_model(arch):  # a patch size of the user's own
-            arch = f"vit_{self.size}_patch{PATCH[self.size]}_224"
-        own = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
-        options: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
-        if self.width and self.heads and self.width % self.heads:
-            raise ConfigError(Problem("backbone.heads", f"must divide width {self.width}", self.heads))
-        from_file = self.weights is not None and self.weights.endswith(".safetensors")
-        tag = None if from_file else self.weights
-        try:
-            model: Any = timm.create_model(
-                f"{arch}.{tag}" if tag else arch,
-                pretrained=tag is not None,
-                num_classes=classes,
-                img_size=self.image_size,
-                patch_size=patch,
-                in_chans=self.channels,
-                drop_path_rate=self.drop_path,
-                **options,
-            )
-        except Exception as error:
-            if tag is None:
-                raise
-            raise UserError(
-                f"backbone.weights = {tag!r}: timm cannot load them for {arch}: {_first_line(error)}"
-            ) from None
-        if from_file:
-            load_weights(model, Path(str(self.weights)))
+    def make(self, classes: int) -> Backbone:
+        arch, shape = self._arch(), self._shape()
+        if shape["width"] and shape["heads"] and shape["width"] % shape["heads"]:
+            raise ConfigError(Problem("backbone.heads", f"must divide width {shape['width']}", shape["heads"]))
+        usual = _usual(arch)
+        patch, image_size = self.patch_size or usual["patch_size"], self.image_size or usual["img_size"]
+        if image_size % patch:
+            raise ConfigError(Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", image_size))
+        own = {
+            "img_size": image_size, "patch_size": patch, "embed_dim": shape["width"], "depth": shape["depth"],
+            "num_heads": shape["heads"], "mlp_ratio": self.mlp_ratio,
+        }  # fmt: skip
+        options = {key: value for key, value in own.items() if usual.get(key) != value}
+        model: Any = _timm.create(
+            arch, num_classes=classes, in_chans=self.channels, drop_path_rate=self.drop_path, **options
+        )
+        blocks = number(f"blocks.{i}" for i in range(len(model.blocks)))
         return Backbone(
-            name=_name(f"{arch}.{tag}" if tag else arch, {"img_size": self.image_size, "patch_size": patch} | options),
+            name=_timm.display(arch, own, usual),
             model=model,
-            blocks=list(model.blocks),
-            targets={f"blocks.{i}.{leaf}": n for i in range(len(model.blocks)) for leaf, n in TARGETS.items()},
+            blocks=blocks,
+            image_shape=(self.channels, image_size, image_size),
             besides=["head", "cls_token"],
-            image_shape=(self.channels, self.image_size, self.image_size),
-            fingerprint=fingerprint(model),
+            targets=linears(model, blocks.values()),
+            head=("head", "head_dist") if hasattr(model, "head_dist") else ("head",),
+            # With rotary embeddings attention knows each token's place.
+            token_blocks=[] if getattr(model, "rope", None) is not None else list(blocks),
         )
 
+    def tagged(self, tag: str) -> Published:
+        return _timm.tagged(self._arch(), tag)
 
-def _name(arch: str, options: dict[str, int]) -> str:
-    """timm's name, and what is not as the name says."""
-    said = {
-        "img_size": int(arch.partition(".")[0].rpartition("_")[2]),
-        "patch_size": int(arch.split("patch")[1].split("_")[0]),
-    }
-    other = [f"{key}={value}" for key, value in options.items() if said.get(key) != value]
-    return f"{arch}({', '.join(other)})" if other else arch
+    def _arch(self) -> str:
+        arch = _timm.architecture(self.size, SHORT, MODULES)
+        if self.size in PATCH and self.patch_size:
+            import timm
+
+            other = f"vit_{self.size}_patch{self.patch_size}_224"
+            return other if timm.is_model(other) else arch
+        return arch
+
+    def _shape(self) -> dict[str, int | None]:
+        said = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        return {key: value or SHAPES.get(self.size, {}).get(key) for key, value in said.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _usual(arch: str) -> dict[str, int]:
+    """Image and patch size of timm's model."""
+    import torch
+
+    with torch.device("meta"):
+        embed: Any = _timm.create(arch, depth=1).patch_embed
+    return {"img_size": embed.img_size[0], "patch_size": embed.patch_size[0]}

@@ -95,13 +95,17 @@ def _epoch_order(size: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def micro_batches(dataset: Dataset, data: DataSection, step: int, seed: int) -> Iterator[Batch]:
-    """This process's micro-batches of one step. Ranks get equally many images: short batches are padded."""
+def micro_batches(dataset: Dataset, data: DataSection, step: int, seed: int, shared: bool = False) -> Iterator[Batch]:
+    """This process's micro-batches of one step. Ranks get equally many images: short batches are padded.
+
+    `shared`: instead, every rank gets all of the step's micro-batches.
+    """
     indices = batch_indices(len(dataset), data.batch_size, step, seed)  # type: ignore[arg-type]
-    pieces, ranks = data.accumulation(), dist.world_size()
+    rank, ranks = (0, 1) if shared else (dist.rank(), dist.world_size())
+    pieces = data.accumulation() * (dist.world_size() if shared else 1)
     size = -(-len(indices) // (pieces * ranks))
     for piece in range(pieces):
-        start = (piece * ranks + dist.rank()) * size
+        start = (piece * ranks + rank) * size
         mine = indices[start : start + size]
         yield Batch(*_collate(dataset, mine, size), total=len(indices), last=piece == pieces - 1)
 

@@ -15,12 +15,15 @@ from snell_dist.data import DataSection, Splits
 if TYPE_CHECKING:
     from torch import Tensor
 
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 VAL, TEST = 0.2, 0.3  # fractions of each class
 
 
 class Digits(DataSection):
     name: Literal["digits"]
     classes: list[int] = Field(list(range(10)), min_length=2, description="which digits")
+    image_size: int = Field(8, ge=8, description="pixels a side; larger ones are interpolated")
+    channels: Literal[1, 3] = Field(1, description="3: the same three times")
 
     @field_validator("classes")
     @classmethod
@@ -44,10 +47,14 @@ class Digits(DataSection):
             parts["val"] += [(i, label) for i in members[:val]]
             parts["test"] += [(i, label) for i in members[val : val + test]]
             parts["train"] += [(i, label) for i in members[val + test :]]
+        if self.image_size > 8:
+            images = torch.nn.functional.interpolate(images, size=(self.image_size,) * 2, mode="bilinear")
+        images = images.expand(-1, self.channels, -1, -1)
         datasets = {
             name: _InMemory(images[[i for i, _ in part]], [label for _, label in part]) for name, part in parts.items()
         }
-        return Splits(**datasets, classes=[str(digit) for digit in self.classes], image_shape=(1, 8, 8))  # type: ignore[arg-type]
+        shape = (self.channels, self.image_size, self.image_size)
+        return Splits(**datasets, classes=[WORDS[digit] for digit in self.classes], image_shape=shape)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ Engines know neither methods nor backbones: they get a model whose trainable par
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from snell_dist.config import Section
 
@@ -15,8 +16,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snell_dist.data import Batch
+    from snell_dist.precision import Precision
 
     MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is given: a model whose frozen parameters need no gradient, and how to train it."""
+
+    model: nn.Module
+    blocks: list[nn.Module]  # in order: the unit of sharding
+    remembered: list[str]  # buffers that a resumed run needs besides what trains
+    make_optimizer: MakeOptimizer
+    clip_norm: float | None
+    precision: Precision
+    device: torch.device
 
 
 class Engine(Protocol):
@@ -29,14 +44,18 @@ class Engine(Protocol):
         """The micro-batches of one step, on the device; gradients are reduced with the last one."""
         ...
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] to float32 logits [B, classes]."""
+    def forward(self, *inputs: Any) -> Any:
+        """The model's outputs, in float32: images [B, C, H, W] to logits [B, classes], for a classifier."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self, lr: float) -> Tensor:
-        """Clips, steps the optimizer at this learning rate, clears gradients. Returns the norm before clipping."""
+        """Clips, and steps the optimizer at this learning rate. Returns the norm before clipping."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets the gradients, which stay after `step` for those who look at them."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -51,13 +70,5 @@ class EngineSection(Section):
 
     name: str
 
-    def prepare(
-        self,
-        model: nn.Module,
-        blocks: list[nn.Module],
-        make_optimizer: MakeOptimizer,
-        clip_norm: float | None,
-        device: torch.device,
-    ) -> Engine:
-        """The engine around a model whose frozen parameters need no gradient."""
+    def prepare(self, work: Work) -> Engine:
         raise NotImplementedError

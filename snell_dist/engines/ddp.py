@@ -6,60 +6,41 @@ Only what trains has gradients, so only it is in DDP's buckets and on the wire.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from snell_dist import dist
 from snell_dist.config import UserError
-from snell_dist.engines import EngineSection
+from snell_dist.engines import EngineSection, Work
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from snell_dist.data import Batch
-    from snell_dist.engines import MakeOptimizer
 
 
 class Ddp(EngineSection):
     name: Literal["ddp"]
-    autocast: Literal["none", "bf16"] = Field(
-        "none", description="dtype of the forward's products; weights stay as they are"
-    )
 
-    def prepare(
-        self,
-        model: nn.Module,
-        blocks: list[nn.Module],
-        make_optimizer: MakeOptimizer,
-        clip_norm: float | None,
-        device: torch.device,
-    ) -> DdpEngine:
-        return DdpEngine(model, make_optimizer, clip_norm, device, self.autocast == "bf16")
+    def prepare(self, work: Work) -> DdpEngine:
+        return DdpEngine(work)
 
 
 class DdpEngine:
     """See `Engine` for the contract."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        make_optimizer: MakeOptimizer,
-        clip_norm: float | None,
-        device: torch.device,
-        autocast: bool,
-    ) -> None:
+    def __init__(self, work: Work) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
-        self.device = device
-        self.model = model.to(device)
-        self._clip_norm = float("inf") if clip_norm is None else clip_norm
-        self._autocast = autocast
-        # gradient_as_bucket_view spares a second copy of every gradient.
-        self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.world_size() > 1 else None
-        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = make_optimizer(self._named.items())
+        self.device = work.device
+        self.model = work.model.to(work.device)
+        self._clip_norm = float("inf") if work.clip_norm is None else work.clip_norm
+        self._precision = work.precision
+        # gradient_as_bucket_view spares a second copy of every gradient; buffers are the same on every rank already.
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        self._ddp = DistributedDataParallel(self.model, **options) if dist.world_size() > 1 else None
+        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._remembered = {name: self.model.get_buffer(name) for name in work.remembered}
+        self._optimizer = work.make_optimizer(self._named.items())
 
     def accumulate(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -67,11 +48,13 @@ class DdpEngine:
                 self._ddp.require_backward_grad_sync = batch.last  # DDP decides at forward time
             yield batch.to(self.device)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Any:
         import torch
+        from torch.utils._pytree import tree_map_only
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return (self._ddp or self.model)(images).float()
+        with self._precision.autocast(self.device):
+            outputs = (self._ddp or self.model)(*inputs)
+        return tree_map_only(torch.Tensor, lambda t: t.float(), outputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -83,13 +66,15 @@ class DdpEngine:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip_norm)
         self._optimizer.step()
-        self._optimizer.zero_grad()
         return norm
+
+    def clear(self) -> None:
+        self._optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         import torch
 
-        state = {f"model/{name}": p.detach() for name, p in self._named.items()}
+        state = {f"model/{name}": tensor.detach() for name, tensor in self._kept().items()}
         for name, parameter in self._named.items():
             for key, value in self._optimizer.state[parameter].items():
                 if value is not None:  # SGD before its first step
@@ -99,13 +84,14 @@ class DdpEngine:
     def load_state(self, state: dict[str, Tensor]) -> None:
         import torch
 
-        mine = {f"model/{name}" for name in self._named}
+        mine = {f"model/{name}" for name in self._kept()}
         theirs = {key for key in state if key.startswith("model/")}
         if mine != theirs:
-            raise UserError(f"checkpoint: trains {len(theirs)} tensors, this configuration {len(mine)}: another run's?")
+            raise UserError(f"checkpoint: has {len(theirs)} tensors, this configuration {len(mine)}: another run's?")
+        with torch.no_grad():
+            for name, tensor in self._kept().items():
+                tensor.copy_(state[f"model/{name}"])
         for name, parameter in self._named.items():
-            with torch.no_grad():
-                parameter.copy_(state[f"model/{name}"])
             prefix = f"optimizer/{name}/"
             self._optimizer.state[parameter] = {
                 # AdamW keeps its step count on the CPU, whatever the device.
@@ -113,3 +99,6 @@ class DdpEngine:
                 for key, value in state.items()
                 if key.startswith(prefix)
             }
+
+    def _kept(self) -> dict[str, Tensor]:
+        return {**self._named, **self._remembered}

@@ -8,48 +8,96 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from snell_dist.config import ConfigError, Plugin, Problem, Section, UserError, check, nearest
+from snell_dist.anatomy import Backbone, Target, find_blocks, linears, select_names, select_parts
+from snell_dist.config import ConfigError, Plugin, Problem, Section, UserError, check
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from snell_dist.adapted import AdaptedLinear
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where training stands: `step` of `steps` is done, from 0; an epoch has `steps_per_epoch`."""
+
+    step: int
+    steps: int
+    steps_per_epoch: int
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.steps // self.steps_per_epoch)
+
+
 class Method(Section):
-    """What every method says. `targets` below maps names of linear layers to their number of row groups."""
+    """What every method says. The line `about` and the parameter count are what `snell methods ls` shows."""
 
     name: str
+    about: ClassVar[str]
+    mergeable: ClassVar[bool] = True
 
-    def inject(self, model: nn.Module, targets: Mapping[str, int]) -> None:
+    def inject(self, backbone: Backbone) -> None:
         """Puts what the method adds into the model, in place."""
 
-    def trainable(self, model: nn.Module, besides: Iterable[str]) -> list[str]:
-        """Names of the parameters that train, in the model's order; `besides`: what the paper trains in this family.
+    def trainable(self, backbone: Backbone) -> list[str]:
+        """Names of the parameters that train, in the model's order.
 
         Raises ConfigError where a glob matches nothing.
         """
         raise NotImplementedError
 
-    def after_step(self, model: nn.Module, step: int) -> None:
-        """For methods with a schedule of their own."""
+    def calibration(self) -> int:
+        """Micro-batches of training images that `calibrate` wants to see."""
+        return 0
+
+    def calibrate(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """For methods that choose what to train before they train it; each of the calls gives one batch's loss."""
+
+    def after_step(self, model: nn.Module, place: Place) -> None:
+        """For methods with a schedule of their own; gradients of the step are still there."""
 
 
-class LinearMethod(Method):
-    """A method that adds factors to linear layers."""
+class BesidesMethod(Method):
+    """A method that trains what it adds, and besides that what the paper trains in the family."""
 
-    targets: list[str] = Field(["*"], min_length=1, description="linear layers (globs over the backbone's targets)")
     also_train: list[str] | None = Field(
-        None, description="parameters (globs) that train besides the factors; null: the paper's for this backbone"
+        None, description="parameters (globs) that train besides; null: the paper's for this backbone"
     )
 
-    def factors(self, in_features: int, out_features: int, groups: int) -> dict[str, Tensor]:
-        """Initial factors of one layer, each [features, n], float32. ConfigError where they do not fit it."""
+    def added(self, backbone: Backbone) -> list[str]:
+        """Names of the parameters that the method added."""
         raise NotImplementedError
+
+    def trainable(self, backbone: Backbone) -> list[str]:
+        names = [name for name, _ in backbone.model.named_parameters()]
+        if self.also_train is None:
+            others = select_names(names, backbone.besides, backbone.blocks)
+        else:
+            others = select_names(names, self.also_train, backbone.blocks, "method.also_train")
+        chosen = {*self.added(backbone), *others}
+        return [name for name in names if name in chosen]
+
+
+class LinearMethod(BesidesMethod):
+    """A method that adds factors to linear layers."""
+
+    targets: list[str] = Field(["*"], min_length=1, description="linear layers: q, fc1, *.proj, blocks.-4:, ...")
+
+    def factors(self, linear: nn.Linear, groups: int) -> dict[str, Tensor]:
+        """Initial factors of a layer (a view of its adapted rows), float32. ConfigError where they do not fit it."""
+        raise NotImplementedError
+
+    def buffers(self, linear: nn.Linear, groups: int) -> dict[str, Tensor]:
+        """What the layer remembers and a resumed run needs, but does not train."""
+        return {}
 
     def memory(self) -> Any:
         """What a layer keeps between calls to save work; results never depend on it."""
@@ -59,32 +107,24 @@ class LinearMethod(Method):
         """x [..., in] to [..., out]."""
         raise NotImplementedError
 
-    def delta(self, layer: AdaptedLinear) -> Tensor:
-        """What the layer adds to its weight, [out, in]."""
+    def merged_weight(self, layer: AdaptedLinear) -> Tensor:
+        """The adapted rows of the weight with the delta in them, [groups * out / parts, in]."""
         raise NotImplementedError
 
-    def inject(self, model: nn.Module, targets: Mapping[str, int]) -> None:
+    def inject(self, backbone: Backbone) -> None:
         from torch import nn
 
         from snell_dist.adapted import AdaptedLinear
 
-        for pattern in self.targets:
-            if not any(_matches(name, pattern) for name in targets):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-                raise ConfigError(
-                    Problem("method.targets", f"matches no linear layer (layers end in: {known})", pattern)
-                )
-        for name, groups in targets.items():
-            if any(_matches(name, pattern) for pattern in self.targets):
-                parent, _, leaf = name.rpartition(".")
-                linear = model.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                setattr(model.get_submodule(parent), leaf, AdaptedLinear(linear, self, groups))
+        model = backbone.model
+        for target, adapted in select_parts(backbone.targets, self.targets, backbone.blocks).items():
+            parent, _, leaf = target.layer.rpartition(".")
+            linear = model.get_submodule(target.layer)
+            assert isinstance(linear, nn.Linear)
+            setattr(model.get_submodule(parent), leaf, AdaptedLinear(linear, self, len(target.parts), adapted))
 
-    def trainable(self, model: nn.Module, besides: Iterable[str]) -> list[str]:
-        factors = [f"{name}.{factor}" for name, layer in adapted_layers(model) for factor in layer.factor_names]
-        others = besides if self.also_train is None else select(model, self.also_train, "method.also_train")
-        return select(model, [*factors, *others])
+    def added(self, backbone: Backbone) -> list[str]:
+        return [f"{name}.{factor}" for name, layer in adapted_layers(backbone.model) for factor in layer.factor_names]
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
@@ -103,23 +143,11 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
 
 
-def select(model: nn.Module, patterns: Iterable[str], key: str | None = None) -> list[str]:
-    """Names of the parameters that any glob matches, in the model's order; a prefix such as `head` means all below it.
-
-    Raises ConfigError naming `key` where one of the globs matches nothing.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    patterns = list(patterns)
-    for pattern in patterns if key else ():
-        if not any(_matches(name, pattern) for name in names):
-            raise ConfigError(Problem(str(key), f"matches no parameter{nearest(pattern, names)}", pattern))
-    exact = set(patterns)
-    globs = [pattern for pattern in patterns if pattern not in names]
-    return [name for name in names if name in exact or any(_matches(name, glob) for glob in globs)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+def remembered(model: nn.Module) -> dict[str, Tensor]:
+    """The methods' buffers by name: with what trains, all that the base lacks."""
+    return {
+        f"{name}.{key}": layer.get_buffer(key) for name, layer in adapted_layers(model) for key in layer.buffer_names
+    }
 
 
 def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
@@ -131,35 +159,53 @@ def freeze_all_but(model: nn.Module, names: Iterable[str]) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def adapt(model: nn.Module, method: str, *, groups: Mapping[str, int] | None = None, **options: Any) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    method: str,
+    *,
+    groups: Mapping[str, int] | None = None,
+    losses: Iterable[Callable[[], Tensor]] = (),
+    **options: Any,
+) -> nn.Module:
     """Adapts any model in place, in one line: `adapt(model, "snell", rank=8, sparsity=0.9, also_train=["head"])`.
 
-    Every nn.Linear is adapted unless `targets=[globs]` says less; `also_train=[globs]` names parameters
+    Every nn.Linear is adapted unless `targets=[...]` says less; `also_train=[globs]` names parameters
     that train besides; all else is frozen. The other options are those of the method's config section.
-    `groups` maps globs to the number of row groups of fused layers; timm's `attn.qkv` counts as three.
+    `groups` maps globs to the number of row groups of fused layers; a layer called `qkv` has q, k and v.
+    `losses`: calls that each give the loss of a training batch, for methods that look before they choose (sparse).
     Raises ConfigError for an unknown method or option, or one that does not fit a layer.
     """
-    from torch import nn
-
     plugin = Plugin("methods")
     if method not in plugin.names():
         raise ConfigError(Problem("method", plugin.unknown(method), method))
     chosen = check({"name": method, **options}, plugin.find(method))
     assert isinstance(chosen, Method)
-    fused = {"*attn.qkv": 3, **(groups or {})}
-    trained = set(select(model, options.get("also_train") or ()))
-    targets = {
-        name: next((n for pattern, n in reversed(fused.items()) if fnmatch.fnmatchcase(name, pattern)), 1)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and f"{name}.weight" not in trained
-    }
-    chosen.inject(model, targets)
-    freeze_all_but(model, chosen.trainable(model, ()))
+    blocks = find_blocks(model)
+    trained = select_names([name for name, _ in model.named_parameters()], options.get("also_train") or (), blocks)
+    targets = [_regrouped(t, groups or {}) for t in linears(model) if f"{t.layer}.weight" not in trained]
+    backbone = Backbone(type(model).__name__, model, blocks, image_shape=(0, 0, 0), besides=[], targets=targets)
+    chosen.inject(backbone)
+    freeze_all_but(model, chosen.trainable(backbone))
+    chosen.calibrate(model, losses)
     return model
 
 
+def _regrouped(target: Target, groups: Mapping[str, int]) -> Target:
+    for pattern, count in groups.items():
+        if fnmatch.fnmatchcase(target.layer, pattern) and count != len(target.parts):
+            leaf = target.layer.rpartition(".")[2]
+            return Target(target.layer, tuple(f"{leaf}.{i}" for i in range(count)) if count > 1 else (leaf,))
+    return target
+
+
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every delta into its weight, in place: plain layers, the model's original keys."""
+    """Folds every delta into its weight, in place: plain layers, the model's original keys.
+
+    Raises UserError where the method's change is no change of weights.
+    """
+    for name, module in model.named_modules():
+        if not getattr(module, "mergeable", True):
+            raise UserError(f"merge: {name}: no weight can hold what this method adds; keep the adapted model")
     for name, layer in adapted_layers(model):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.merged())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
+from snell_dist.anatomy import Backbone
 from snell_dist.methods import Method
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class Full(Method):
     name: Literal["full"]
+    about: ClassVar[str] = "full fine-tuning: every parameter"
 
-    def trainable(self, model: nn.Module, besides: Iterable[str]) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
+    def trainable(self, backbone: Backbone) -> list[str]:
+        return [name for name, _ in backbone.model.named_parameters()]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from snell_dist.methods import Method, select
-
-if TYPE_CHECKING:
-    from torch import nn
+from snell_dist.anatomy import Backbone, select_names
+from snell_dist.methods import Method
 
 
 class Linear(Method):
     name: Literal["linear"]
-    train: list[str] = Field(["head"], min_length=1, description="the classifier's parameters (globs)")
+    about: ClassVar[str] = "linear probe: the classifier"
+    train: list[str] | None = Field(None, min_length=1, description="parameters (globs); null: the classifier")
 
-    def trainable(self, model: nn.Module, besides: Iterable[str]) -> list[str]:
-        return select(model, self.train, "method.train")
+    def trainable(self, backbone: Backbone) -> list[str]:
+        names = [name for name, _ in backbone.model.named_parameters()]
+        return select_names(names, self.train or backbone.head, backbone.blocks, "method.train")

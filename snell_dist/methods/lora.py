@@ -1,59 +1,92 @@
-"""LoRA (Hu et al., 2021): a low-rank delta.
+"""LoRA (Hu et al., 2021): a low-rank delta; with its kin rsLoRA (Kalajdzievski, 2023) and DoRA (Liu et al., 2024).
 
-    y = x W0^T + bias + (alpha / r) (x a) b^T
+    y = x W0^T + bias + s (x a) b^T,  s = alpha / r  (rsLoRA: alpha / sqrt r)
 
-    a [in, r] -> b [out, r] -> delta = (alpha / r) b a^T, of rank r
+    a [in, r] -> b [out, r] -> delta = s b a^T, of rank r
 
-Parameters: r (in + out) a matrix. Memory: x a, [tokens, r], besides what the frozen layer keeps.
-The delta is zero at the start (b = 0), as in PEFT.
+DoRA: each row of W0 + delta is scaled to a trained length m [out, 1], which starts at the row's own.
+
+Parameters: r (in + out) a matrix, DoRA out more. Memory: x a, [tokens, r], besides what the frozen layer keeps;
+DoRA also W0 + delta, for its row norms. The delta is zero at the start (b = 0), as in PEFT, unless `init: released`:
+the paper's code overwrites b with a truncated normal, so its LoRA does not start at the pretrained model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from snell_dist.methods import LinearMethod, check_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from snell_dist.adapted import AdaptedLinear
+
+RELEASED_STD = 0.02
 
 
 class Lora(LinearMethod):
     name: Literal["lora"]
+    about: ClassVar[str] = "LoRA: a low-rank delta; also rsLoRA and DoRA"
     rank: int = Field(8, ge=1, description="columns of each factor")
-    alpha: float | None = Field(None, gt=0, description="the delta is scaled by alpha / rank; null: alpha = rank")
+    alpha: float | None = Field(None, gt=0, description="numerator of the delta's scale; null: alpha = rank")
+    scaling: Literal["standard", "rslora"] = Field("standard", description="alpha / rank, or alpha / sqrt(rank)")
+    dora: bool = Field(False, description="train the length of each row of the weight, too")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the delta's input")
+    init: Literal["zero", "released"] = Field("zero", description="the delta at the start; released: the paper's code")
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank if self.scaling == "standard" else self.rank**0.5)
 
-    def factors(self, in_features: int, out_features: int, groups: int) -> dict[str, Tensor]:
+    def factors(self, linear: nn.Linear, groups: int) -> dict[str, Tensor]:
         import torch
+        from torch.nn.init import trunc_normal_
 
-        check_rank(self.rank, in_features, out_features // groups)
-        bound = in_features**-0.5  # kaiming_uniform(a=sqrt 5), as nn.Linear and PEFT
-        a = torch.empty(in_features, groups * self.rank).uniform_(-bound, bound)
-        return {"a": a, "b": torch.zeros(out_features, self.rank)}
+        check_rank(self.rank, linear.in_features, linear.out_features // groups)
+        a = torch.empty(linear.in_features, groups * self.rank)
+        b = torch.zeros(linear.out_features, self.rank)
+        if self.init == "released":
+            trunc_normal_(a, std=RELEASED_STD)
+            trunc_normal_(b, std=RELEASED_STD)
+        else:
+            bound = linear.in_features**-0.5  # kaiming_uniform(a=sqrt 5), as nn.Linear and PEFT
+            a.uniform_(-bound, bound)
+        return {"a": a, "b": b} | ({"m": _lengths(linear.weight.float())} if self.dora else {})
 
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         from torch.nn import functional as F
 
-        y = F.linear(x, layer.weight, layer.bias)
-        x = F.dropout(x, self.dropout, layer.training)
-        low = (x.to(layer.a.dtype) @ layer.a).unflatten(-1, (layer.groups, self.rank))
+        y, dropped = layer.frozen(x), F.dropout(x, self.dropout, layer.training)
+        low = (dropped.to(layer.a.dtype) @ layer.a).unflatten(-1, (layer.groups, self.rank))
         b = layer.b.unflatten(0, (layer.groups, -1))
-        deltas = [low[..., g, :] @ b[g].t() for g in range(layer.groups)]
-        return y + (self.scale * _cat(deltas)).to(y.dtype)
+        delta = self.scale * _cat([low[..., g, :] @ b[g].t() for g in range(layer.groups)])
+        if self.dora:
+            ratio, base = self._ratio(layer), F.linear(x, layer.rows(layer.weight))
+            delta = (ratio - 1) * base + ratio * delta
+        return layer.add(y, delta)
 
-    def delta(self, layer: AdaptedLinear) -> Tensor:
+    def merged_weight(self, layer: AdaptedLinear) -> Tensor:
+        weight = layer.rows(layer.weight) + self._delta(layer)
+        return self._ratio(layer).unsqueeze(1) * weight if self.dora else weight
+
+    def _delta(self, layer: AdaptedLinear) -> Tensor:
         a = layer.a.unflatten(1, (layer.groups, self.rank))
         b = layer.b.unflatten(0, (layer.groups, -1))
         return self.scale * (b @ a.permute(1, 2, 0)).flatten(0, 1)
+
+    def _ratio(self, layer: AdaptedLinear) -> Tensor:
+        """[out]: trained length over present length, which is a constant to the gradient (section 4.3 of DoRA)."""
+        weight = layer.rows(layer.weight).detach().float() + self._delta(layer).detach()
+        return (layer.get_parameter("m") / _lengths(weight)).squeeze(1)
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    """[out, in] to the Euclidean lengths of its rows [out, 1]."""
+    return weight.norm(dim=1, keepdim=True)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

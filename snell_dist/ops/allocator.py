@@ -27,12 +27,14 @@ class Allocator:
 
     epochs: over which the budget falls; until `init_warmup` it is the initial one, in the last `final_warmup` the
     target. interval: allocate in epochs that are multiples of it. metric: `sensitivity` as above, or `magnitude`
-    (v = |p|).
+    (v = |p|). averages, sparsity: where an earlier one stood; `observe` changes these averages in place.
     """
 
     def __init__(
         self, sizes: Mapping[str, int], *, initial: float, target: float, epochs: int, init_warmup: int = 0,
         final_warmup: int = 0, interval: int = 1, beta1: float = 0.85, beta2: float = 0.85, metric: str = "sensitivity",
+        averages: Mapping[str, Iterable[tuple[Tensor, Tensor]]] | None = None,
+        sparsity: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("initial", initial), ("target", target)):
             if not 0 <= value < 1:
@@ -53,8 +55,8 @@ class Allocator:
         self.sizes, self.initial, self.target, self.metric = dict(sizes), initial, target, metric
         self.epochs, self.init_warmup, self.final_warmup, self.interval = epochs, init_warmup, final_warmup, interval
         self.beta1, self.beta2 = beta1, beta2
-        self.sparsity = dict.fromkeys(self.sizes, initial)
-        self._averages: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.sparsity = dict.fromkeys(self.sizes, initial) if sparsity is None else dict(sparsity)
+        self._averages = {name: list(pairs) for name, pairs in (averages or {}).items()}
 
     @torch.no_grad()
     def observe(self, name: str, factors: Iterable[tuple[Tensor, Tensor | None]]) -> None:

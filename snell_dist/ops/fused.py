@@ -7,11 +7,12 @@
 f is the factor of sparsify.py, a constant to the gradient. Separate products serve dropout, which cannot be merged,
 and half precision, where a merged weight would round the delta away (|delta| is about 1e-6 at the start, half a unit
 in the last place of a bfloat16 weight 1e-4). Drop path alone merges: kept samples see W0 + delta/keep, others W0.
+Without a weight the delta's product is all there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,20 +110,21 @@ class Shape:
         return next((scale for _, scale in self.parts or () if scale), 1.0)
 
 
-def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan) -> Shape:
+def _shape(x: Tensor, seed: Tensor | None, path: Tensor | None, plan: Plan, weight: Tensor | None) -> Shape:
     flat = rows(x)
-    parts = runs(path, len(flat)) if seed is None and x.element_size() >= 4 else None
+    merges = weight is not None and seed is None and x.element_size() >= 4
+    parts = runs(path, len(flat)) if merges else None
     scale = None if parts is not None else input_scale(x, seed, path, plan)
     return Shape(flat, parts, scale, flat if scale is None else (x * scale).reshape(flat.shape))
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     given: Tensor | None, hint: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x [..., in] -> y [..., out] in x's dtype, and what `thresholds` found [2, groups] unless it was given."""
-    how = _shape(x, seed, path, plan)
-    y = x.new_empty(len(how.flat), len(weight))
+    how = _shape(x, seed, path, plan, weight)
+    y = x.new_empty(len(how.flat), len(b))
     matrix = Matrix(a, b, params, plan, spare=y if y.dtype == b.dtype else None)
     buffer, blocks = _buffer(matrix, x.dtype), matrix.blocks()
     look, found, built = given is None and not plan.all_dense, given, set[tuple[int, int]]()
@@ -132,11 +134,14 @@ def forward(
         found = thresholds(matrix, hint)
     for block in blocks:
         _lend_rest(buffer, block, blocks, matrix)
-        base, part = weight[block.rows, block.cols], _front(buffer, block)
+        part = _front(buffer, block)
         limits = None if found is None else found[0]
         fill(part, block, matrix, limits, None if how.parts is None else weight, how.kept, built)
         out, flat, first = y[:, block.rows], how.flat[:, block.cols], block.cols.start == 0
-        shift = None if bias is None else bias[block.rows]
+        if weight is None:
+            _add_product(out, how.changed[:, block.cols], part.t(), first)
+            continue
+        base, shift = weight[block.rows, block.cols], None if bias is None else bias[block.rows]
         for span, scale in how.parts or [(slice(None), 0.0)]:
             for cut, own in [(slice(None), part)] if scale else _in_dtype(base, x.dtype):
                 own_shift = None if shift is None else shift[cut]
@@ -145,15 +150,15 @@ def forward(
             out.addmm_(how.changed[:, block.cols], part.t())
     # A custom op may not return its input.
     result = matrix.like.new_empty(2, plan.groups) if found is None or not look else found
-    return y.view(*x.shape[:-1], len(weight)), result
+    return y.view(*x.shape[:-1], len(b)), result
 
 
 def backward(
-    gy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, params: Tensor | None,
+    gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     found: Tensor | None, seed: Tensor | None, path: Tensor | None, plan: Plan, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x [..., in] (empty if not needed), a, b, params, given gy [..., out]."""
-    how, up = _shape(x, seed, path, plan), rows(gy)
+    how, up = _shape(x, seed, path, plan, weight), rows(gy)
     # Blocks add up in gx; half precision would round at each of them.
     wide = torch.promote_types(x.dtype, torch.float32)
     gx = torch.empty(how.flat.shape if needs_x else 0, dtype=wide, device=x.device)
@@ -171,16 +176,19 @@ def backward(
                 _add_product(grad, down[span].t(), how.flat[span, block.cols], i == 0, how.kept)
             if not spans:
                 grad.zero_()
-        base = None if how.parts is None else weight
+        base = None if how.parts is None else weight  # what the gradient's room is filled with, beside the delta
         _factor_gradients(grad, block, matrix, None if found is None else found[0], base, how.kept, needs_x)
         if needs_x:
-            target, base = gx[:, block.cols], weight[block.rows, block.cols]
+            target = gx[:, block.cols]
             for span, scale in how.parts or [(slice(None), 1.0)]:
-                for i, (cut, own) in enumerate([(slice(None), grad)] if scale else _in_dtype(base, x.dtype)):
+                cuts: Iterable[tuple[slice, Tensor]] = [(slice(None), grad)]
+                if not scale and base is not None:
+                    cuts = _in_dtype(base[block.rows, block.cols], x.dtype)
+                for i, (cut, own) in enumerate(cuts):
                     _add_product(target[span], down[span, cut], own, first and i == 0)
-    if needs_x and how.parts is None:
-        if how.scale is not None:
-            gx.view(x.shape).mul_(how.scale)
+    if needs_x and how.scale is not None:
+        gx.view(x.shape).mul_(how.scale)
+    if needs_x and how.parts is None and weight is not None:
         for block in matrix.blocks():
             down = up[:, block.rows]
             for cut, own in _in_dtype(weight[block.rows, block.cols], x.dtype):

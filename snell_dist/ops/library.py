@@ -43,7 +43,7 @@ def _(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("snell::linear", mutates_args=())
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     given: Tensor | None, hint: Tensor | None, seed: Tensor | None, path: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -53,13 +53,13 @@ def linear(
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), a.new_empty(2, rest[7])
+def _(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], len(b)), a.new_empty(2, rest[6])
 
 
 @torch.library.custom_op("snell::linear_backward", mutates_args=())
 def linear_backward(
-    gy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, params: Tensor | None,
+    gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     found: Tensor | None, seed: Tensor | None, path: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -70,7 +70,7 @@ def linear_backward(
 
 
 @linear_backward.register_fake
-def _(gy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, params: Tensor | None, *rest: Any) -> Any:
+def _(gy: Tensor, x: Tensor, weight: Any, a: Tensor, b: Tensor, params: Tensor | None, *rest: Any) -> Any:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if rest[-1] else x.new_empty(0)
     return grad_x, a.new_empty(a.shape), b.new_empty(b.shape), a.new_empty(0 if params is None else params.shape)
 

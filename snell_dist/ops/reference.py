@@ -33,7 +33,7 @@ def _sparse(k: Tensor, sparsity: float, plan: Plan) -> Tensor:
 
 
 def snell_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     seed: Tensor | None, path: Tensor | None, plan: Plan,
 ) -> Tensor:  # fmt: skip
     """x [..., in] -> y [..., out] in x's dtype; seed and path are what regularize.py drew, or None."""
@@ -42,4 +42,6 @@ def snell_linear(
     adapted = F.linear(dropped, delta)
     if path is not None:
         adapted = adapted * path.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    if weight is None:
+        return adapted
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + adapted

@@ -53,7 +53,7 @@ class ThresholdState:
 
 def snell_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -74,7 +74,8 @@ def snell_linear(
     """y = x W0^T + bias + drop_path(dropout(x) delta^T); x [..., in] -> y [..., out].
 
     weight [out, in], frozen or not; a [in, groups*rank], b [out, rank]: group g owns the g-th of `groups` equal
-    row slices of weight and b, and columns [g*rank, (g+1)*rank) of a. y has x's dtype, or autocast's.
+    row slices of weight and b, and columns [g*rank, (g+1)*rank) of a. y has x's dtype, or autocast's. Without a weight
+    (and bias) y is the delta's part alone, for callers that make the frozen product themselves.
 
     sparsity: the fraction of each matrix that becomes zero, in [0, 1); one number, or one per group. 0 is the
     kernel's matrix itself (but for `snella`, which then loses its smallest entry, as released).
@@ -219,19 +220,21 @@ def make_plan(
     return Plan(kernel, sparsify, groups, scope, tuple(float(s) for s in each), dropout, workspace_bytes or 0)
 
 
-def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
+def check_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     """Shapes and devices of one layer."""
-    if weight.shape != (b.shape[0], a.shape[0]):
+    if weight is None and bias is not None:
+        raise ValueError("bias must be None where weight is None: y is then the delta's part alone")
+    if weight is not None and weight.shape != (b.shape[0], a.shape[0]):
         raise ValueError(
             f"weight must be [out, in] = [{b.shape[0]}, {a.shape[0]}] by b and a; got {tuple(weight.shape)}"
         )
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point; got {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [..., in] with in = {weight.shape[1]}; got shape {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [out] = [{weight.shape[0]}]; got shape {tuple(bias.shape)}")
-    devices = {"x": x, "weight": weight, "bias": x if bias is None else bias, "a": a}
+    if x.dim() < 1 or x.shape[-1] != a.shape[0]:
+        raise ValueError(f"x must be [..., in] with in = {a.shape[0]}; got shape {tuple(x.shape)}")
+    if bias is not None and bias.shape != b.shape[:1]:
+        raise ValueError(f"bias must be [out] = [{b.shape[0]}]; got shape {tuple(bias.shape)}")
+    devices = {"x": x, "weight": x if weight is None else weight, "bias": x if bias is None else bias, "a": a}
     if len({t.device for t in devices.values()}) > 1:
         found = ", ".join(f"{name} on {t.device}" for name, t in devices.items())
         raise ValueError(f"all tensors must be on one device; got {found}")

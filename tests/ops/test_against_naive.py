@@ -26,6 +26,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "rank": 2 * draw(st.integers(1, 5)),
         "rows": draw(st.integers(1, 40)),
         "cols": draw(st.integers(1, 40)),
+        "weight": draw(st.booleans()),
         "tokens": draw(st.integers(1, 9)),
         "workspace": draw(st.sampled_from([None, 1, 3000, 40000])),
         "seed": draw(st.integers(0, 2**31)),
@@ -43,13 +44,16 @@ def test_random_layers(impl: str, case: dict[str, Any]) -> None:
         torch.randn(shape, generator=generator, dtype=dtype)
         for shape in ((case["tokens"], case["cols"]), (out, case["cols"]), (out,), (case["tokens"], out))
     )
+    if not case["weight"]:  # the delta's part alone
+        w, bias = torch.zeros_like(w), torch.zeros_like(bias)
     names = find(case["kernel"]).PARAMS
     how = {
         "sparsity": case["s"], "kernel": case["kernel"], "sparsify": case["sparsify"], "groups": case["groups"],
         "sparsity_scope": case["scope"], "impl": impl, "kernel_params": {n: SCALARS[n] for n in names},
     }  # fmt: skip
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    y = snell_linear(x, w, bias, a, b, workspace_bytes=case["workspace"], **how)
+    frozen = (w, bias) if case["weight"] else (None, None)
+    y = snell_linear(x, *frozen, a, b, workspace_bytes=case["workspace"], **how)
     y.backward(g)
     arrays = [t.detach().numpy() for t in (x, w, bias, a, b, g)]
     want = naive.layer(

@@ -1,0 +1,65 @@
+"""What the families of timm share: finding a model by size or timm's own name, and its published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from snell_dist.config import ConfigError, Problem, UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from snell_dist.weights import Published
+
+
+def names(short: Mapping[str, str], modules: Sequence[str]) -> list[str]:
+    """The short sizes, then timm's names in these of its modules."""
+    import timm
+
+    return [*short, *(name for module in modules for name in timm.list_models(module=module))]
+
+
+def architecture(size: str, short: Mapping[str, str], modules: Sequence[str]) -> str:
+    """timm's name. ConfigError where it has none such in this family."""
+    if size in short:
+        return short[size]
+    known = names(short, modules)
+    if size not in known:
+        others = f"(allowed: {', '.join(short)}, or a timm name; see snell backbones ls)"
+        raise ConfigError(Problem("backbone.size", f"unknown value{nearest(size, known)} {others}", size))
+    return size
+
+
+def create(arch: str, **options: Any) -> nn.Module:
+    """timm's model without weights. ConfigError where it does not take one of the options."""
+    import timm
+
+    try:
+        return timm.create_model(arch, **{key: value for key, value in options.items() if value is not None})
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(Problem("backbone", f"timm cannot make {arch}: {first_line(error)}")) from None
+
+
+def tagged(arch: str, tag: str) -> Published:
+    """Weights that timm downloads, or finds in its cache, by its tag."""
+    import timm
+
+    from snell_dist.weights import Published
+
+    try:
+        model = timm.create_model(f"{arch}.{tag}", pretrained=True)
+    except Exception as error:  # the hub's errors have no common class
+        message = f"timm cannot load them for {arch}: {first_line(error)}"
+        raise UserError(f"backbone.weights = {tag!r}: {message}") from None
+    return Published(f"{arch}.{tag}", "timm", dict(model.state_dict()))
+
+
+def display(arch: str, said: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """timm's name, and what is not as it says."""
+    other = [f"{key}={value}" for key, value in said.items() if value is not None and usual.get(key) != value]
+    return f"{arch}({', '.join(other)})" if other else arch
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

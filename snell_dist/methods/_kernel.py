@@ -1,0 +1,100 @@
+"""What SNELL and SNELLA share: factors merged by a kernel, the layer's product, and its merged weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from snell_dist.methods import LinearMethod, check_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from snell_dist.adapted import AdaptedLinear
+    from snell_dist.ops import ThresholdState
+
+
+TWO_HALVES = "distance", "snella"
+
+
+class KernelMethod(LinearMethod):
+    kernel: str
+    rank: int = Field(
+        8, ge=1, description="columns of each factor; even for the distance kernels, which have two halves"
+    )
+    sparsity: float
+    sparsify: Literal["released", "paper", "hard"] = Field(
+        "released", description="what survivors become: w|w| (released code), equation 5's soft threshold, or w"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the delta's input (released code: 0.1; two more products)")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="of whole samples, on the delta's output (released code: 0.1)"
+    )
+    workspace_mib: float | None = Field(None, gt=0, description="temporary memory of a layer; null: one float32 matrix")
+
+    @field_validator("rank")
+    @classmethod
+    def _even(cls, rank: int, info: ValidationInfo) -> int:
+        if info.data.get("kernel") in TWO_HALVES and rank % 2:
+            raise ValueError(f"must be even, since the distance kernel has two halves; nearest: {max(2, rank - 1)}")
+        return rank
+
+    def sparsity_of(self, layer: AdaptedLinear) -> float | Sequence[float]:
+        """One for all row groups, or one for each."""
+        return self.sparsity
+
+    def factors(self, linear: nn.Linear, groups: int) -> dict[str, Tensor]:
+        import torch
+
+        from snell_dist import ops
+        from snell_dist.ops import kernels
+
+        check_rank(self.rank, linear.in_features, linear.out_features // groups)
+        a, b = ops.init_factors(linear.in_features, linear.out_features, self.rank, groups, kernel=self.kernel)
+        scalars = {name: torch.full((groups,), start) for name, start in kernels.find(self.kernel).PARAMS.items()}
+        return {"a": a, "b": b, **scalars}
+
+    def memory(self) -> Any:
+        from snell_dist import ops
+
+        return ops.ThresholdState()
+
+    def thresholds(self, layer: AdaptedLinear) -> ThresholdState:
+        return layer.memory
+
+    def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
+        from snell_dist import ops
+
+        merges = layer.whole
+        y = ops.snell_linear(
+            x,
+            layer.weight if merges else None,
+            layer.bias if merges else None,
+            dropout=self.dropout,
+            drop_path=self.drop_path,
+            training=layer.training,
+            workspace_bytes=None if self.workspace_mib is None else int(self.workspace_mib * 2**20),
+            state=self.thresholds(layer),
+            **self._delta(layer),
+        )
+        return y if merges else layer.add(layer.frozen(x), y)
+
+    def merged_weight(self, layer: AdaptedLinear) -> Tensor:
+        from snell_dist import ops
+
+        return layer.rows(layer.weight) + ops.merge_delta(**self._delta(layer))
+
+    def _delta(self, layer: AdaptedLinear) -> dict[str, Any]:
+        """What defines the delta of a layer."""
+        scalars = [name for name in layer.factor_names if name not in "ab"]
+        return {
+            "a": layer.a,
+            "b": layer.b,
+            "sparsity": self.sparsity_of(layer),
+            "sparsify": self.sparsify,
+            "kernel": self.kernel,
+            "groups": layer.groups,
+            "kernel_params": {name: layer.get_parameter(name) for name in scalars},
+        }

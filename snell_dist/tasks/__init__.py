@@ -1,0 +1,54 @@
+"""Tasks: what a model is trained for. One file a task, found by its name.
+
+A task is a config section that has the model built as it needs it and gives the loop a step: forward and
+backward over the micro-batches of one optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from snell_dist.anatomy import Backbone
+from snell_dist.backbones import BackboneSection
+from snell_dist.config import Section
+from snell_dist.data import Batch, Splits
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+    from snell_dist.engines import Engine
+
+
+class Task(Protocol):
+    """What the loop needs."""
+
+    def step(self, engine: Engine, batches: Iterable[Batch]) -> Tensor:
+        """Gradients of the mean loss over all ranks' batches; returns this rank's share of that mean (they sum up)."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of one batch on a bare model, for methods that look before they train."""
+        ...
+
+    def after_step(self, model: nn.Module) -> None:
+        """Keeps parameters where the task wants them."""
+        ...
+
+    def evaluate(self, engine: Engine, dataset: Dataset, batch_size: int) -> dict[str, float]:
+        """`accuracy` (a fraction of images), `loss` (nats): every image once."""
+        ...
+
+
+class TaskSection(Section):
+    """What every task says."""
+
+    name: str
+
+    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
+        """The model as the task needs it. ConfigError where the family cannot do it."""
+        raise NotImplementedError
+
+    def prepare(self, backbone: Backbone, splits: Splits) -> Task:
+        raise NotImplementedError
