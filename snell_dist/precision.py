@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 class Precision(Section):
     compute: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products (autocast)")
-    frozen: Literal["float32", "bfloat16"] = Field("float32", description="how the frozen base is stored")
+    frozen: Literal["float32", "bfloat16"] = Field("float32", description="how the frozen matrices are stored")
 
     @field_validator("frozen")
     @classmethod
@@ -37,10 +37,14 @@ class Precision(Section):
 
 
 def apply(precision: Precision, model: nn.Module, trainable: Iterable[str]) -> None:
-    """Stores what is frozen as the policy says, in place; what trains becomes float32."""
+    """Stores frozen matrices as the policy says, in place; what trains, and every vector and token, is float32."""
     import torch
+    from torch import nn
 
+    matrices = nn.Linear, nn.Conv2d, nn.Embedding
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
     trains, dtype = set(trainable), getattr(torch, precision.frozen)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if name in trains else dtype)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            stored = isinstance(module, matrices) and name == "weight" and named[id(parameter)] not in trains
+            parameter.data = parameter.data.to(dtype if stored else torch.float32)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from snell_dist.checkpoint import ADAPTER
@@ -57,11 +59,18 @@ def trained(folder: Path | None) -> dict:
     return load_file(folder / ADAPTER)
 
 
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Bit-equal comparisons need the same number of threads everywhere."""
-    import torch
-
     from snell_dist import log
 
     torch.set_num_threads(1)

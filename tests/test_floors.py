@@ -59,7 +59,10 @@ def test_imports_point_downward() -> None:
         for name in imports(file):
             home = name.split("/")[0]
             inside = home == parts[0]
-            if inside and parts[0] not in ("ops", "weights"):  # a plug-in file may use its folder's contract and its _helpers
+            if inside and parts[0] not in (
+                "ops",
+                "weights",
+            ):  # a plug-in file may use its folder's contract and its _helpers
                 allowed = parts[-1] != "__init__" and (name == home or name.split("/")[-1].startswith("_"))
             else:
                 allowed = inside or FLOOR[home] < FLOOR[parts[0]]
