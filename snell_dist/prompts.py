@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snell_dist.config import UserError
+
 
 class Prompts(nn.Module):
     """`count` trained tokens of `width`, uniform as in VPT (bound sqrt(6 / (fan in + fan out)) of a square layer)."""
@@ -26,6 +28,8 @@ class Prompts(nn.Module):
 
     def _join(self, block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = arguments[0]  # [B, N, D]
+        if x.ndim != 3:
+            raise UserError(f"method.name = 'prompt': {type(block).__name__} takes {list(x.shape)}, no plain tokens")
         return torch.cat([x, self.tokens.to(x.dtype).expand(len(x), -1, -1)], 1), *arguments[1:]
 
     def _leave(self, block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:

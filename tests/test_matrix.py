@@ -185,7 +185,7 @@ def test_prompts_are_refused_where_blocks_take_no_tokens(family: str) -> None:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "text_width" in Plugin("backbones").find(f).model_fields])
 def test_both_towers_train_by_pairs(family: str, method: str) -> None:
     if method == "linear":
-        with pytest.raises(UserError, match="method.train"):
+        with pytest.raises(UserError, match=r"method\.train"):
             built(configured(family, method, task={"name": "contrastive"}))
         return
     config = configured(family, method, task={"name": "contrastive"})
