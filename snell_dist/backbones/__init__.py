@@ -52,6 +52,10 @@ class BackboneSection(Section):
         """Our name for a parameter that the family's library calls `name`."""
         return name
 
+    def library_name(self, name: str) -> str:
+        """The other way: what the family's library calls our parameter."""
+        return name
+
     def build(self, classes: Sequence[str]) -> Backbone:
         """The model with its weights. ConfigError or UserError where either cannot be had."""
         backbone = self.make(len(classes))

@@ -80,6 +80,9 @@ class Clip(BackboneSection):
     def own_name(self, name: str) -> str:
         return re.sub(r"\battn\.in_proj_(weight|bias)$", r"attn.qkv.\1", name)
 
+    def library_name(self, name: str) -> str:
+        return re.sub(r"(resblocks\.\d+\.attn)\.qkv\.(weight|bias)$", r"\1.in_proj_\2", name)
+
     def tagged(self, tag: str) -> Published:
         from snell_dist.weights import Published
 

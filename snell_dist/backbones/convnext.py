@@ -46,7 +46,12 @@ class Convnext(BackboneSection):
         arch = _timm.architecture(self.size, SHORT, MODULES)
         own = {"depths": self.depths, "dims": self.widths}
         model: Any = _timm.create(
-            arch, num_classes=classes, in_chans=self.channels, drop_path_rate=self.drop_path, **own
+            arch,
+            num_classes=classes,
+            in_chans=self.channels,
+            drop_path_rate=self.drop_path,
+            conv_mlp=False,  # small sizes have 1 x 1 convolutions, which linear layers equal
+            **own,
         )
         stages = enumerate(model.stages)
         blocks = number(f"stages.{s}.blocks.{i}" for s, stage in stages for i in range(len(stage.blocks)))

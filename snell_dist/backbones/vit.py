@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODULES = ("vision_transformer", "deit", "eva")
 PATCH = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14, "giant": 14, "gigantic": 14, "22b": 14}
 # No weights of this one are published; its shape is that of ViT-22B (Dehghani et al., 2023).
-SHAPES = {"22b": {"width": 6144, "depth": 48, "heads": 48}}
+SHAPES = {"22b": {"width": 6144, "depth": 48, "heads": 48, "mlp_ratio": 4.0}}
 SHORT = {size: f"vit_{'gigantic' if size in SHAPES else size}_patch{patch}_224" for size, patch in PATCH.items()}
 
 
@@ -50,11 +50,11 @@ class Vit(BackboneSection):
             raise ConfigError(Problem("backbone.heads", f"must divide width {shape['width']}", shape["heads"]))
         usual = _usual(arch)
         patch, image_size = self.patch_size or usual["patch_size"], self.image_size or usual["img_size"]
-        if image_size % patch:
+        if image_size % patch and (image_size, patch) != (usual["img_size"], usual["patch_size"]):
             raise ConfigError(Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", image_size))
         own = {
             "img_size": image_size, "patch_size": patch, "embed_dim": shape["width"], "depth": shape["depth"],
-            "num_heads": shape["heads"], "mlp_ratio": self.mlp_ratio,
+            "num_heads": shape["heads"], "mlp_ratio": shape["mlp_ratio"],
         }  # fmt: skip
         options = {key: value for key, value in own.items() if usual.get(key) != value}
         model: Any = _timm.create(
@@ -85,8 +85,8 @@ class Vit(BackboneSection):
             return other if timm.is_model(other) else arch
         return arch
 
-    def _shape(self) -> dict[str, int | None]:
-        said = {"width": self.width, "depth": self.depth, "heads": self.heads}
+    def _shape(self) -> dict[str, Any]:
+        said = {"width": self.width, "depth": self.depth, "heads": self.heads, "mlp_ratio": self.mlp_ratio}
         return {key: value or SHAPES.get(self.size, {}).get(key) for key, value in said.items()}
 
 
@@ -95,5 +95,5 @@ def _usual(arch: str) -> dict[str, int]:
     import torch
 
     with torch.device("meta"):
-        embed: Any = _timm.create(arch, depth=1).patch_embed
-    return {"img_size": embed.img_size[0], "patch_size": embed.patch_size[0]}
+        model: Any = _timm.create(arch)
+    return {"img_size": model.patch_embed.img_size[0], "patch_size": model.patch_embed.patch_size[0]}
