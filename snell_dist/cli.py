@@ -64,6 +64,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(command=_train)
 
+    measure = commands.add_parser(
+        "eval",
+        help="accuracy of a base before training, or of a finished run",
+        description="Accuracy and loss of a configuration's base as it is (zero-shot, for CLIP), or of a finished run.",
+    )
+    measure.add_argument("config", help="a configuration, or a run folder")
+    measure.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    measure.add_argument("--split", choices=["val", "test"], default="test", help="which images (default: test)")
+    measure.add_argument("--out", type=Path, default=Path("runs"), help="where bases are trained (default: runs)")
+    measure.set_defaults(command=_eval)
+
+    backbones = commands.add_parser("backbones", help="the models that can be named, and what is in one")
+    verbs = backbones.add_subparsers(required=True, metavar="ls|show")
+    listed = verbs.add_parser("ls", help="families and sizes")
+    listed.add_argument("pattern", nargs="?", default="*", help="a glob or a part of the name: clip, *-14, vit/base")
+    listed.set_defaults(command=_backbones_ls)
+    described = verbs.add_parser("show", help="blocks, targets, parameters, bytes, FLOPs; nothing is allocated")
+    described.add_argument("name", help="family/size, such as clip/ViT-bigG-14")
+    described.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as image_size=384")
+    described.set_defaults(command=_backbones_show)
+
+    methods = commands.add_parser("methods", help="how a model can be adapted")
+    verbs = methods.add_subparsers(required=True, metavar="ls")
+    listed = verbs.add_parser("ls", help="every method; with --backbone, what it trains there")
+    listed.add_argument("--backbone", metavar="NAME", help="family/size, such as vit/base")
+    listed.set_defaults(command=_methods_ls)
+
     config = commands.add_parser("config", help="list, show, copy and describe configurations")
     verbs = config.add_subparsers(required=True, metavar="ls|show|cp|schema")
     verbs.add_parser("ls", help="the configurations that come with the package").set_defaults(command=_config_ls)
@@ -104,6 +131,55 @@ def _train(args: argparse.Namespace) -> int:
     if dist.rank() == 0:
         said = outcome.summary
         print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images  {outcome.folder}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.run_config import Run
+    from snell_dist.run_folder import config_of
+
+    folder = Path(args.config) if Path(args.config).is_dir() else None
+    loaded = load(str(config_of(folder)) if folder else args.config, args.overrides, Run)
+    from snell_dist import dist, log
+    from snell_dist.job import measure
+
+    log.set_up()
+    found = measure(loaded, args.out, folder, args.split)
+    if dist.rank() == 0:
+        what = str(folder) if folder else f"the base of {args.config}"
+        print(f"{args.split} accuracy {found['accuracy']:.4f} loss {found['loss']:.4f}  {what}")
+    return 0
+
+
+def _backbones_ls(args: argparse.Namespace) -> int:
+    from fnmatch import fnmatch
+
+    from snell_dist.config import Plugin, nearest
+
+    plugin = Plugin("backbones")
+    names = [f"{family}/{size}" for family in plugin.names() for size in plugin.find(family).sizes()]  # type: ignore[attr-defined]
+    chosen = [name for name in names if fnmatch(name, args.pattern) or args.pattern in name]
+    if not chosen:
+        raise UserError(f"backbones ls: {args.pattern!r}: matches no model{nearest(args.pattern, names)}")
+    print("\n".join(chosen))
+    return 0
+
+
+def _backbones_show(args: argparse.Namespace) -> int:
+    from snell_dist import describe
+    from snell_dist.backbones import section
+    from snell_dist.config import settings
+
+    print(describe.backbone(section(args.name, **settings(args.overrides))))
+    return 0
+
+
+def _methods_ls(args: argparse.Namespace) -> int:
+    from snell_dist import describe
+    from snell_dist.backbones import section
+
+    print(describe.methods(section(args.backbone) if args.backbone else None))
     return 0
 
 

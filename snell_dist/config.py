@@ -299,6 +299,14 @@ def _merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as a tree. UserError where one is none."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply(override, tree, {})
+    return tree
+
+
 def _apply(override: str, tree: dict[str, Any], origins: dict[str, str]) -> None:
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key):

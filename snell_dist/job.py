@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from snell_dist import dist, log, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
-from snell_dist.checkpoint import ADAPTER
+from snell_dist.checkpoint import ADAPTER, load_adapter
 from snell_dist.config import ConfigError, Loaded, UserError, load
+from snell_dist.methods.full import Full
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome, train
 
@@ -28,6 +30,25 @@ def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | Non
         return _run(loaded, out, resume, folder, device, ())
 
 
+def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal["val", "test"]) -> dict[str, float]:
+    """Accuracy and loss of the base as it is, or with what the run in `folder` trained; writes nothing of its own.
+
+    Raises ConfigError or UserError as `run` does.
+    """
+    config = loaded.config
+    if folder is None:  # the base alone: a method that adds nothing stands for none
+        config = config.model_copy(update={"method": Full(name="full")})
+    try:
+        device = dist.pick_device(config.train.device)
+        with dist.process_group(device):
+            built = build(config, _weights(config, out, device, (loaded.name,)), device)
+            if folder is not None:
+                load_adapter(folder / ADAPTER, built.engine.model, built.fingerprint)
+            return built.task.evaluate(built.engine, getattr(built.splits, split), config.data.batch_size)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+
+
 def _run(
     loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
 ) -> Outcome:
@@ -37,12 +58,10 @@ def _run(
     if place is not None and run_folder.is_complete(place):
         log.info(f"{place} is complete, nothing to do")
         return Outcome(place, False, run_folder.read_summary(place))
-    weights = config.backbone.weights
-    if weights is not None and weights.startswith("config:"):
-        base = _base(weights.removeprefix("config:"), out, device, (*above, loaded.name))
-        if base is None:
-            return Outcome(None, interrupted=True, summary={})
-        weights = str(base / ADAPTER)
+    try:
+        weights = _weights(config, out, device, (*above, loaded.name))
+    except Interrupted:
+        return Outcome(None, interrupted=True, summary={})
     try:
         built = build(config, weights, device)
     except ConfigError as error:
@@ -58,11 +77,16 @@ def _run(
         return train(config, place, built, device)
 
 
-def _base(name: str, out: Path, device: torch.device, above: tuple[str, ...]) -> Path | None:
-    """The complete run of the configuration that makes the base weights, trained first where there is none.
+class Interrupted(UserError):
+    """The training of a base was asked to stop, and saved."""
 
-    None where that training was interrupted.
-    """
+
+def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...]) -> str | None:
+    """Where the base weights are; those of a configuration come from its complete run, trained first if need be."""
+    said = config.backbone.weights
+    if said is None or not said.startswith("config:"):
+        return said
+    name = said.removeprefix("config:")
     base = load(name, [], Run)
     if base.name in above:
         raise UserError(f"backbone.weights = 'config:{name}': the configurations start from each other in a circle")
@@ -71,5 +95,8 @@ def _base(name: str, out: Path, device: torch.device, above: tuple[str, ...]) ->
     if place is None or not run_folder.is_complete(place):
         log.info(f"the base {name} is not trained yet: training it first")
         outcome = _run(base, out, place is not None, place, device, above)
-        return None if outcome.interrupted else outcome.folder
-    return place
+        if outcome.interrupted:
+            raise Interrupted("interrupted in the training of the base; the same command goes on")
+        place = outcome.folder
+    assert place is not None
+    return str(place / ADAPTER)

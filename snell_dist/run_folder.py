@@ -54,6 +54,13 @@ def choose(out: Path, name: str, config: Section, resume: bool, folder: Path | N
     return folder
 
 
+def config_of(folder: Path) -> Path:
+    """The resolved configuration of a run folder. UserError where there is none."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: is no run folder (it has no config.yaml)")
+    return folder / "config.yaml"
+
+
 def create(out: Path, name: str, config: Section, folder: Path | None = None) -> Path:
     """The named folder, or a new numbered one, safe against other runs that start at the same time."""
     parent = out / name if folder is None else folder.parent

@@ -17,7 +17,7 @@ FLOORS = [
     ["tasks"],
     ["run_config"],
     ["build"],
-    ["audit", "train"],
+    ["audit", "describe", "train"],
     ["job"],
     ["cli"],
     ["__main__"],

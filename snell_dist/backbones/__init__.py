@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 
 class BackboneSection(Section):
-    """What every family says. `smallest`: settings of a model that a test can train in a second."""
+    """What every family says. `smallest`: settings of a model that a test can train in a second.
+
+    `has_texts`: whether there is a text tower beside the image tower (`towers`).
+    """
 
     smallest: ClassVar[dict[str, Any]] = {}
+    has_texts: ClassVar[bool] = False
 
     name: str
     size: str

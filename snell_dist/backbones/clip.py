@@ -32,6 +32,8 @@ class Clip(BackboneSection):
         "features": 16, "text_width": 16, "text_depth": 2, "text_heads": 2, "context": 12,
     }  # fmt: skip
 
+    has_texts: ClassVar[bool] = True
+
     name: Literal["clip"]
     size: str = Field("ViT-B-32", description="open_clip's name of a model whose image tower is a Vision Transformer")
     image_size: int | None = Field(None, ge=1, description="pixels a side; null: the model's")

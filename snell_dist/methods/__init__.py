@@ -183,8 +183,10 @@ def adapt(
     blocks = find_blocks(model)
     trained = select_names([name for name, _ in model.named_parameters()], options.get("also_train") or (), blocks)
     targets = [_regrouped(t, groups or {}) for t in linears(model) if f"{t.layer}.weight" not in trained]
-    known = {"blocks": blocks, "targets": targets, "token_blocks": list(blocks)}
-    backbone = Backbone(type(model).__name__, model, image_shape=(0, 0, 0), besides=[], **known)
+    backbone = Backbone(
+        name=type(model).__name__, model=model, blocks=blocks, image_shape=(0, 0, 0), besides=[], targets=targets,
+        token_blocks=list(blocks),
+    )  # fmt: skip
     chosen.inject(backbone)
     freeze_all_but(model, chosen.trainable(backbone))
     chosen.calibrate(model, losses)

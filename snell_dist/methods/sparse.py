@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 class Sparse(LinearMethod):
     name: Literal["sparse"]
-    about: ClassVar[str] = "full sparse tuning: chosen entries of the weights, stored densely"
+    about: ClassVar[str] = "full sparse tuning: chosen entries (1% unless told otherwise), stored densely"
     sparsity: float = Field(0.99, ge=0, lt=1, description="fraction of entries that stay as they are")
     criterion: Literal["sensitivity", "magnitude"] = Field(
         "sensitivity", description="squared gradients over training images, or the weights' own size"
