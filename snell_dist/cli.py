@@ -16,8 +16,9 @@ BAD_INPUT, INTERRUPTED = 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; every mistake of the user is one line on standard error."""
-    # What torch's C++ side writes to the terminal by itself is noise here; set this to hear it.
+    # What these write to the terminal by themselves is noise here; set the variables to hear it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     args = _parse(arguments)
     try:
         return args.command(args)

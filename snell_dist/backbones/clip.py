@@ -18,6 +18,7 @@ from pydantic import Field
 
 from snell_dist.anatomy import BLOCK, Backbone, linears, number
 from snell_dist.backbones import BackboneSection
+from snell_dist.backbones._timm import first_line
 from snell_dist.config import ConfigError, Problem, UserError, nearest
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ class Clip(BackboneSection):
         try:
             model = _open_clip().create_model(self.size, pretrained=tag)
         except Exception as error:  # the hub's errors have no common class
-            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"backbone.weights = {tag!r}: open_clip cannot load them for {self.size}: {said}") from None
+            message = f"open_clip cannot load them for {self.size}: {first_line(error)}"
+            raise UserError(f"backbone.weights = {tag!r}: {message}") from None
         return Published(f"{self.size} {tag}", "open_clip", dict(model.state_dict()))
 
     def _settings(self) -> dict[str, Any]:
@@ -147,7 +148,12 @@ class Clip(BackboneSection):
 
     def _tokenize(self, texts: Sequence[str]) -> Any:
         context = self._settings()["text_cfg"].get("context_length", 77)
-        return _open_clip().get_tokenizer(self.size, context_length=context)(list(texts))
+        try:
+            tokenizer = _open_clip().get_tokenizer(self.size, context_length=context)
+        except Exception as error:  # the hub's errors have no common class
+            message = f"its tokenizer comes from the hub, which does not give it: {first_line(error)}"
+            raise UserError(f"backbone.size = {self.size!r}: {message}") from None
+        return tokenizer(list(texts))
 
 
 SHAPE = [

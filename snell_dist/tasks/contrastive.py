@@ -39,15 +39,15 @@ class Contrastive(TaskSection):
         return backbone.towers()
 
     def prepare(self, backbone: Backbone, splits: Splits) -> Contrast:
-        return Contrast(backbone, splits.classes)
+        said = [template.format(name) for name in splits.classes for template in backbone.templates]
+        return Contrast(backbone.tokenized(said).unflatten(0, (len(splits.classes), -1)))
 
 
 @dataclass(frozen=True)
 class Contrast:
     """See `Task` for the contract. The model gives (image features, text features, scale[, bias]), lengths 1."""
 
-    backbone: Backbone
-    classes: list[str]
+    tokens: Tensor  # [classes, templates, L]: the captions of each class
 
     def step(self, engine: Engine, batches: Iterable[Batch]) -> Tensor:
         import torch
@@ -82,28 +82,24 @@ class Contrast:
     def evaluate(self, engine: Engine, dataset: Dataset, batch_size: int) -> dict[str, float]:
         from snell_dist.evaluate import evaluate
 
-        directions = class_directions(engine, self.backbone, self.classes)
+        directions = class_directions(engine, self.tokens)
 
         def logits(batch: Batch) -> Tensor:
             images, _, scale, *_ = engine.forward(batch.images, None)
             return scale * images @ directions.t()
 
-        return evaluate(engine, logits, dataset, len(self.classes), batch_size)
+        return evaluate(engine, logits, dataset, len(self.tokens), batch_size)
 
     def _captions(self, labels: Tensor) -> Tensor:
         """Tokens [B, L] of a caption for each label; padding gets any."""
         import torch
 
-        templates = self.backbone.templates
-        drawn = torch.randint(len(templates), (len(labels),)).tolist()
-        said = [
-            templates[t].format(self.classes[max(label, 0)]) for t, label in zip(drawn, labels.tolist(), strict=True)
-        ]
-        return self.backbone.tokenized(said)
+        drawn = torch.randint(self.tokens.shape[1], labels.shape)
+        return self.tokens[labels.cpu().clamp(min=0), drawn]
 
 
-def class_directions(engine: Engine, backbone: Backbone, classes: Sequence[str]) -> Tensor:
-    """[classes, D]: the mean of each class's caption features over all templates, at length 1."""
+def class_directions(engine: Engine, tokens: Tensor) -> Tensor:
+    """[classes, D]: the mean of each class's caption features over its captions [classes, T, L], at length 1."""
     import torch
     from torch.nn.functional import normalize
 
@@ -111,9 +107,8 @@ def class_directions(engine: Engine, backbone: Backbone, classes: Sequence[str])
     engine.model.eval()
     means = []
     with torch.no_grad():
-        for name in classes:
-            tokens = backbone.tokenized([template.format(name) for template in backbone.templates])
-            _, texts, *_ = engine.forward(None, tokens.to(engine.device))
+        for captions in tokens:
+            _, texts, *_ = engine.forward(None, captions.to(engine.device))
             means.append(texts.mean(0))
     engine.model.train(training)
     return normalize(torch.stack(means), dim=-1)
@@ -133,7 +128,10 @@ def pairwise(outputs: Sequence[Sequence[Tensor]], real: Tensor, total: int) -> t
     own = [images.requires_grad_(), texts.requires_grad_()]
     mine = slice(dist.rank() * len(images), (dist.rank() + 1) * len(images))
     loss = own_rows(images, texts, all_images, all_texts, scalars, dist.gather_rows(real), mine.start, total)
-    gradients = torch.autograd.grad(loss, [*own, all_images, all_texts, *scalars])
+    wanted = [*own, all_images, all_texts, *scalars]
+    gradients = torch.autograd.grad(
+        loss, wanted, materialize_grads=True
+    )  # the sigmoid form looks at images' rows alone
     # A feature counts in its own rank's rows, and as a column in everyone's.
     columns = [dist.sum_over_ranks(gradient.contiguous())[mine] for gradient in gradients[2:4]]
     sizes = [len(output[0]) for output in outputs]

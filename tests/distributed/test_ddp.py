@@ -1,16 +1,21 @@
 """Real processes under torchrun: the same YAML gives the same numbers on one process and on two."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ENVIRONMENT, TINY, train, trained
 
+# One template, since each rank draws its own; SGD, since AdamW amplifies the rounding of gradients near zero.
+PAIRS = ["backbone.templates=['the digit {}']", "optim.name=sgd", "optim.lr=0.05"]
 
-def torchrun(out: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+
+def torchrun(out: Path, *overrides: str, config: str = "demo", processes: int = 2) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, "-m", "snell_dist", "train", "demo", *TINY, "method.rank=4", *overrides, "--out", str(out)]
+    command = [*launcher, "-m", "snell_dist", "train", config, *TINY, "method.rank=4", *overrides, "--out", str(out)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -34,6 +39,22 @@ def test_two_processes_that_accumulate_equal_one(tmp_path: Path) -> None:
     one = trained(train(tmp_path / "one", "method.rank=4", *sgd).folder)
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_pairs_over_ranks_are_those_of_the_whole_batch(processes: int, tmp_path: Path) -> None:
+    """Each rank sees its own rows against all gathered features; micro-batches on top."""
+    settings = [*PAIRS, "data.micro_batch_size=2"]
+    done = torchrun(tmp_path / "many", *settings, config="clip/digits", processes=processes)
+    assert done.returncode == 0, done.stderr
+    many = trained(tmp_path / "many" / "clip" / "digits" / "001")
+    one = trained(train(tmp_path / "one", "method.rank=4", *PAIRS, config="clip/digits").folder)
+    assert many.keys() == one.keys()
+    for name, tensor in many.items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-7)
+    summaries = [tmp_path / f"{which}/clip/digits/001/summary.json" for which in ("many", "one")]
+    accuracy = [json.loads(file.read_text())["test_accuracy"] for file in summaries]
+    assert accuracy[0] == accuracy[1]
 
 
 def test_a_mistake_under_torchrun_is_said_and_ends_all(tmp_path: Path) -> None:
