@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snell_dist.packed import Kind, Packing, pack, plain
+
 
 class Delta(Protocol):
     """What the layer asks of its method; see `methods.LinearMethod`."""
@@ -52,6 +54,7 @@ class AdaptedLinear(nn.Linear):
         self.adapted = tuple(range(parts)) if adapted is None else tuple(adapted)
         self.groups = len(self.adapted)
         self.memory = method.memory()
+        self.packing: Packing | None = None
         rows = self.rows(self.weight.detach())
         chosen = nn.Linear(self.in_features, len(rows), bias=False, device="meta")
         chosen.weight = nn.Parameter(rows, requires_grad=False)
@@ -72,6 +75,15 @@ class AdaptedLinear(nn.Linear):
         """Whether every row of the weight is adapted."""
         return self.groups == self.parts
 
+    @property
+    def dense(self) -> Tensor:
+        """W0 [out, in], float32 where it is packed."""
+        return self.weight if self.packing is None else self.packing.dense(self.weight, torch.float32)
+
+    def pack(self, kind: Kind) -> None:
+        """Stores the frozen weight in fewer bits."""
+        self.weight, self.packing = pack(self.weight, kind)
+
     def rows(self, weight: Tensor) -> Tensor:
         """The adapted rows [groups * out / parts, ...] of a tensor [out, ...]."""
         if self.whole:
@@ -90,6 +102,8 @@ class AdaptedLinear(nn.Linear):
 
     def frozen(self, x: Tensor) -> Tensor:
         """x W0^T + bias, [..., out]."""
+        if self.packing is not None:
+            return self.packing.product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def columns(self, y: Tensor) -> Tensor:
@@ -114,11 +128,9 @@ class AdaptedLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain nn.Linear with the delta folded into its weight, in the weight's dtype."""
-        result = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = self.with_rows(self.weight, self.method.merged_weight(self).to(self.weight.dtype))
-        result.weight, result.bias = nn.Parameter(weight, requires_grad=False), self.bias
-        return result
+        """A plain nn.Linear with the delta in its weight, in the weight's dtype; float32 where it is packed."""
+        dense = self.dense
+        return plain(self.with_rows(dense, self.method.merged_weight(self).to(dense.dtype)), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, method={self.method.name}, adapted={self.groups} of {self.parts}"

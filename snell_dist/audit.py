@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from snell_dist.run_config import Run
 def audit(config: Run, built: Built, device: torch.device) -> str:
     """A table over kinds of modules, and the settings that decide cost."""
     model, trainable = built.engine.model, set(built.trainable)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = entries(model)
     trains, total = sum(sizes[name] for name in trainable), sum(sizes.values())
     precision, remat = config.precision, config.remat
     lines = [
@@ -27,15 +29,26 @@ def audit(config: Run, built: Built, device: torch.device) -> str:
     return "\n".join(lines)
 
 
+def entries(model: nn.Module) -> dict[str, int]:
+    """Numbers of each parameter; two of a packed weight may share a byte."""
+    packed = {
+        f"{name}.weight": m.packing for name, m in model.named_modules() if getattr(m, "packing", None) is not None
+    }
+    return {
+        name: math.prod(packed[name].shape) if name in packed else p.numel() for name, p in model.named_parameters()
+    }
+
+
 def table(model: nn.Module, trainable: set[str]) -> list[str]:
     """One line for each kind of module, dtype, and whether it trains: tensors, parameters, MiB."""
     rows: dict[tuple[str, str, str], list[int]] = {}
+    sizes = entries(model)
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         kind = type(model.get_submodule(owner)).__name__
         state = "trains" if name in trainable else "frozen"
         row = rows.setdefault((state, f"{kind}.{leaf}", str(parameter.dtype).removeprefix("torch.")), [0, 0, 0])
-        for i, amount in enumerate((1, parameter.numel(), parameter.nbytes)):
+        for i, amount in enumerate((1, sizes[name], parameter.nbytes)):
             row[i] += amount
     ordered = sorted(rows.items(), key=lambda item: (item[0][0] != "trains", -item[1][1]))
     return [

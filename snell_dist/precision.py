@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 class Precision(Section):
     compute: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products (autocast)")
-    frozen: Literal["float32", "bfloat16"] = Field("float32", description="how the frozen matrices are stored")
+    frozen: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
+        "float32", description="how frozen matrices are stored; int8 and nf4 (4 bits): those of linear layers"
+    )
 
     @field_validator("frozen")
     @classmethod
@@ -37,14 +39,28 @@ class Precision(Section):
 
 
 def apply(precision: Precision, model: nn.Module, trainable: Iterable[str]) -> None:
-    """Stores frozen matrices as the policy says, in place; what trains, and every vector and token, is float32."""
+    """Stores frozen matrices as the policy says, in place; what trains, and every vector and token, is float32.
+
+    Raises ConfigError where the policy needs a library that is missing.
+    """
     import torch
     from torch import nn
 
+    from snell_dist.adapted import AdaptedLinear
+    from snell_dist.packed import PackedLinear
+
+    kind = precision.frozen if precision.frozen in ("int8", "nf4") else None
+    dtype = torch.float32 if precision.frozen == "float32" else getattr(torch, precision.compute)
     matrices = nn.Linear, nn.Conv2d, nn.Embedding
-    named = {id(parameter): name for name, parameter in model.named_parameters()}
-    trains, dtype = set(trainable), getattr(torch, precision.frozen)
-    for module in model.modules():
+    first = {id(parameter): name for name, parameter in model.named_parameters()}  # a shared one has many names
+    trains = set(trainable)
+    for path, module in list(model.named_modules()):
         for name, parameter in module.named_parameters(recurse=False):
-            stored = isinstance(module, matrices) and name == "weight" and named[id(parameter)] not in trains
-            parameter.data = parameter.data.to(dtype if stored else torch.float32)
+            stored = isinstance(module, matrices) and name == "weight" and first[id(parameter)] not in trains
+            if stored and kind and isinstance(module, AdaptedLinear):
+                module.pack(kind)
+            elif stored and kind and type(module) is nn.Linear:
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, PackedLinear(module, kind))
+            else:
+                parameter.data = parameter.data.to(dtype if stored else torch.float32)

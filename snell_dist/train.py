@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from snell_dist import checkpoint, dist, log, optim, run_folder
+from snell_dist.audit import entries
 from snell_dist.build import Built
 from snell_dist.config import UserError
 from snell_dist.data import micro_batches, steps_per_epoch
@@ -131,7 +132,7 @@ def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
     splits, batch_size = built.splits, config.data.batch_size
     test = built.task.evaluate(built.engine, splits.test, batch_size)
     val = built.task.evaluate(built.engine, splits.val, batch_size)
-    parameters = dict(built.engine.model.named_parameters())
+    sizes = entries(built.engine.model)
     seconds = timer.drain()
     return {
         "method": config.method.name,
@@ -139,8 +140,8 @@ def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
         "base_weights": built.weights,
         "base_sha256": built.fingerprint,
         "protocol": "weights of the last step; test images looked at once",
-        "trainable_parameters": sum(parameters[name].numel() for name in built.trainable),
-        "parameters": sum(p.numel() for p in parameters.values()),
+        "trainable_parameters": sum(sizes[name] for name in built.trainable),
+        "parameters": sum(sizes.values()),
         "test_accuracy": test["accuracy"],
         "test_images": len(splits.test),  # type: ignore[arg-type]
         "val_accuracy": val["accuracy"],

@@ -122,6 +122,23 @@ def test_pointwise_convolutions_become_linear_and_give_the_same_logits(tmp_path:
     assert_close(ours.build(["a", "b", "c"]).model.eval()(images), theirs(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", ["eva02_tiny_patch14_224", "vit_tiny_patch16_dinov3_qkvb"])
+def test_evas_attention_calls_its_qkv_layer(size: str) -> None:
+    """timm's own takes the layer's weight past its forward, where a delta would be without effect, silently."""
+    shape = {"image_size": 64, "width": 48, "depth": 1, "heads": 4, "patch_size": 16}
+    backbone = section(f"vit/{size}", **shape).make(3)
+    theirs = timm.create_model(size, img_size=64, embed_dim=48, depth=1, num_heads=4, patch_size=16, num_classes=3)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    backbone.model.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert_close(backbone.model.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
+    method = check({"name": "snell", "targets": ["q"], "rank": 4}, Plugin("methods").find("snell"))
+    method.inject(backbone)
+    backbone.model(images).sum().backward()
+    assert methods.adapted_layers(backbone.model)[0][1].a.grad.any()
+
+
 def test_the_models_name_says_what_is_not_as_usual() -> None:
     options = {**SMALL, "patch_size": None}
     assert vit(**options).name == "vit_tiny_patch16_224(img_size=32, embed_dim=24, depth=2, num_heads=2)"

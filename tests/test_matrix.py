@@ -174,6 +174,36 @@ def test_a_run_saves_what_trains_and_goes_on_exactly(family: str, method: str, t
     assert all(torch.equal(tensor, trained(made)[name]) for name, tensor in trained(again).items())
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["int8", "nf4"])
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_a_packed_base_trains_and_merges(family: str, method: str, stored: str, compute: str) -> None:
+    """bitsandbytes on the CPU: the frozen linear layers in 8 or 4 bits, all else as usual."""
+    exact = configured(family, method)
+    wanted = steps(exact, built(exact), 1)[0]
+    config = configured(family, method, precision={"compute": compute, "frozen": stored})
+    made = built(config)
+    bytes_before, before = frozen(made), trained(made)
+    losses = steps(config, made)
+    assert losses[0] == pytest.approx(wanted, rel=0.03)
+    assert frozen(made) == bytes_before
+    assert not [name for name, tensor in trained(made).items() if torch.equal(tensor, before[name])]
+    model = made.engine.model.eval()
+    packed = {name: m for name, m in model.named_modules() if getattr(m, "packing", None) is not None}
+    shares = {
+        n: m.weight.numel() * m.weight.element_size() / (m.in_features * m.out_features) for n, m in packed.items()
+    }
+    assert set(shares.values()) == (set() if method == "full" else {1.0 if stored == "int8" else 0.5})
+    if compute == "bfloat16" or any(not getattr(module, "mergeable", True) for module in model.modules()):
+        return
+    images = torch.stack([made.splits.test[i][0] for i in range(4)])
+    with torch.no_grad():
+        logits = model(images)
+        methods.merge(model)
+        torch.testing.assert_close(model(images), logits, rtol=1e-5, atol=1e-5)
+    assert all(type(model.get_submodule(name)) is torch.nn.Linear for name in packed)
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not fits(f, "prompt")])
 def test_prompts_are_refused_where_blocks_take_no_tokens(family: str) -> None:
     with pytest.raises(UserError, match="take no plain tokens") as caught:

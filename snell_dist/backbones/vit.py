@@ -60,6 +60,9 @@ class Vit(BackboneSection):
         model: Any = _timm.create(
             arch, num_classes=classes, in_chans=self.channels, drop_path_rate=self.drop_path, **options
         )
+        for module in model.modules():
+            if hasattr(module, "qkv_bias_separate"):  # else EVA takes qkv's weight past the layer, and past its delta
+                module.qkv_bias_separate = True
         blocks = number(f"blocks.{i}" for i in range(len(model.blocks)))
         return Backbone(
             name=_timm.display(arch, own, usual),

@@ -206,10 +206,14 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises UserError where the method's change is no change of weights.
     """
+    from snell_dist.adapted import AdaptedLinear
+    from snell_dist.packed import PackedLinear
+
     for name, module in model.named_modules():
         if not getattr(module, "mergeable", True):
             raise UserError(f"merge: {name}: no weight can hold what this method adds; keep the adapted model")
-    for name, layer in adapted_layers(model):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.merged())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear | PackedLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.merged())
     return model

@@ -67,7 +67,7 @@ class KernelMethod(LinearMethod):
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         from snell_dist import ops
 
-        merges = layer.whole
+        merges = layer.whole and layer.packing is None
         y = ops.snell_linear(
             x,
             layer.weight if merges else None,
@@ -84,7 +84,7 @@ class KernelMethod(LinearMethod):
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
         from snell_dist import ops
 
-        return layer.rows(layer.weight) + ops.merge_delta(**self._delta(layer))
+        return layer.rows(layer.dense) + ops.merge_delta(**self._delta(layer))
 
     def _delta(self, layer: AdaptedLinear) -> dict[str, Any]:
         """What defines the delta of a layer."""

@@ -65,12 +65,12 @@ class Lora(LinearMethod):
         b = layer.b.unflatten(0, (layer.groups, -1))
         delta = self.scale * _cat([low[..., g, :] @ b[g].t() for g in range(layer.groups)])
         if self.dora:
-            ratio, base = self._ratio(layer), F.linear(x, layer.rows(layer.weight))
+            ratio, base = self._ratio(layer), F.linear(x, layer.rows(layer.dense))
             delta = (ratio - 1) * base + ratio * delta
         return layer.add(y, delta)
 
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
-        weight = layer.rows(layer.weight) + self._delta(layer)
+        weight = layer.rows(layer.dense) + self._delta(layer)
         return self._ratio(layer).unsqueeze(1) * weight if self.dora else weight
 
     def _delta(self, layer: AdaptedLinear) -> Tensor:
@@ -80,7 +80,7 @@ class Lora(LinearMethod):
 
     def _ratio(self, layer: AdaptedLinear) -> Tensor:
         """[out]: trained length over present length, which is a constant to the gradient (section 4.3 of DoRA)."""
-        weight = layer.rows(layer.weight).detach().float() + self._delta(layer).detach()
+        weight = layer.rows(layer.dense).detach().float() + self._delta(layer).detach()
         return (layer.get_parameter("m") / _lengths(weight)).squeeze(1)
 
 

@@ -55,7 +55,7 @@ class Sparse(LinearMethod):
         return layer.add(layer.frozen(x), F.linear(x, delta.to(x.dtype)))  # half precision would round the sum
 
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
-        return layer.rows(layer.weight) + layer.get_parameter("delta") * layer.get_buffer("mask")
+        return layer.rows(layer.dense) + layer.get_parameter("delta") * layer.get_buffer("mask")
 
     def calibration(self) -> int:
         return self.calibration_batches if self.criterion == "sensitivity" else 0
