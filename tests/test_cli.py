@@ -138,6 +138,23 @@ def test_a_pipe_gets_plain_lines_and_standard_output_only_the_result(tmp_path: P
     assert any(line.startswith("step 6/6  loss ") and "steps/s" in line for line in done.stderr.splitlines())
 
 
+def test_eval_measures_a_base_and_a_finished_run(tmp_path: Path, error: Callable) -> None:
+    """CLIP's base without training is its zero-shot accuracy; the run's is what its summary says."""
+    from conftest import train
+
+    outcome = train(tmp_path / "runs", "method.rank=4", "backbone.text_width=16", config="clip/digits")
+    assert outcome.folder is not None
+    done = snell("eval", outcome.folder, cwd=tmp_path)
+    assert done.stdout.startswith(f"test accuracy {outcome.summary['test_accuracy']:.4f} loss "), done.stderr
+    before = snell("eval", "clip/digits", *TINY, "--split", "val", cwd=tmp_path)
+    assert before.stdout.startswith("val accuracy 0."), before.stderr
+    assert before.stdout.strip().endswith("the base of clip/digits")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"], "looking leaves nothing behind"
+    (outcome.folder / "adapter.safetensors").unlink()
+    assert "adapter.safetensors: no such file" in error("eval", outcome.folder)[-1]
+    assert "is no run folder" in error("eval", tmp_path)[-1]
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     from snell_dist.config import UserError
     from snell_dist.run_folder import lock
