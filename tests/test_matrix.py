@@ -211,14 +211,17 @@ def test_prompts_are_refused_where_blocks_take_no_tokens(family: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "text_width" in Plugin("backbones").find(f).model_fields])
-def test_both_towers_train_by_pairs(family: str, method: str) -> None:
+def test_both_towers_train_by_pairs(family: str, method: str, stored: str) -> None:
     if method == "linear":
         with pytest.raises(UserError, match=r"method\.train"):
             built(configured(family, method, task={"name": "contrastive"}))
         return
-    config = configured(family, method, task={"name": "contrastive"})
+    compute = "bfloat16" if stored == "bfloat16" else "float32"
+    precision, remat = {"compute": compute, "frozen": stored}, {"policy": "block"}
+    config = configured(family, method, task={"name": "contrastive"}, precision=precision, remat=remat)
     made = built(config)
     bytes_before, before = frozen(made), trained(made)
     steps(config, made)

@@ -53,12 +53,19 @@ def make(settings: dict[str, Any]) -> nn.Module:
         settings["vision_cfg"]["timm_model_pretrained"] = False
     model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
     for parent in list(model.modules()):
+        if isinstance(parent, open_clip.transformer.Transformer):
+            parent.get_cast_dtype = _float32
         for name, child in list(parent.named_children()):
             if type(child) is nn.MultiheadAttention and isinstance(
                 parent, open_clip.transformer.ResidualAttentionBlock
             ):
                 setattr(parent, name, Attention(child))
     return model
+
+
+def _float32() -> torch.dtype:
+    """Texts flow in float32 whatever the weights are stored in, as images do; autocast decides on products."""
+    return torch.float32
 
 
 def new_head(features: int, classes: int) -> nn.Linear:
