@@ -149,7 +149,7 @@ def check(tree: dict[str, Any], schema: type[Schema], origins: dict[str, str] | 
         config = concrete.model_validate(tree)
     except ValidationError as error:
         unknown = {p.key.removesuffix(".name") for p in problems}
-        problems += [p for p in _problems(error, concrete) if p.key not in unknown]
+        problems += [p for p in _problems(error, concrete) if p.key.partition(".")[0] not in unknown]
     if problems:
         raise _located(problems, origins or {})
     return config

@@ -201,6 +201,9 @@ def test_another_models_weights_are_refused(tmp_path: Path) -> None:
         ("clip/ViT-B-32", {"width": 100, "heads": 3}, "must divide width 100"),
         ("swin/base", {"depths": [1, 1], "heads": [3]}, "timm cannot make swin_base"),
         ("vit/base", {"widht": 8}, "did you mean 'width'"),
+        ("clip/ViT-B-32", {"templates": ["a photo"]}, "must have one {}"),
+        ("clip/ViT-B-32", {"templates": ["a {} {0}"]}, "must have one {}"),
+        ("clip/ViT-B-32", {"templates": ["a {}}"]}, "must have one {}"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_one_line(name: str, options: dict[str, Any], message: str) -> None:

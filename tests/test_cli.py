@@ -66,6 +66,10 @@ def test_help_and_config_errors_do_not_import_torch() -> None:
         (["data.micro_batch_size=5"], "data.micro_batch_size = 5: must divide"),
         (["train.device=cuda"], "train.device = 'cuda': this machine has none"),
         (["backbone.weights=config:dmeo"], "did you mean 'demo'?"),
+        (["backbone.name=vti"], "did you mean 'vit'?"),
+        (["backbone.head=file"], "backbone.head = 'file': needs backbone.weights"),
+        (["task.name=contrastive"], "has no text tower"),
+        (["precision.frozen=bfloat16"], "needs compute: bfloat16"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(

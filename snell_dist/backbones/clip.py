@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from snell_dist.anatomy import BLOCK, Backbone, linears, number
 from snell_dist.backbones import BackboneSection
@@ -51,6 +51,14 @@ class Clip(BackboneSection):
     head: Literal["new", "file", "zeroshot"] = Field(  # type: ignore[assignment]
         "new", description="the classifier: new, the weights' own, or the text tower's directions of the classes"
     )
+
+    @field_validator("templates")
+    @classmethod
+    def _take_one_name(cls, templates: list[str]) -> list[str]:
+        for template in templates:
+            if "{}" not in template or set("{}") & set(template.replace("{}", "", 1)):
+                raise ValueError(f"{template!r} must have one {{}}, where the class name goes, and no other brace")
+        return templates
 
     @classmethod
     def sizes(cls) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +190,9 @@ def _load_torch(path: Path, mmap: bool = False) -> Any:
     mmap = mmap and path.suffix != ".safetensors"  # torch maps only what it opens itself, and believes that name
     try:
         # Training scripts save their options beside the weights: plain data.
-        with path.open("rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+        allowed = torch.serialization.safe_globals([argparse.Namespace])
+        with path.open("rb") as stream, allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's protocol, before an error that says more
             return torch.load(path if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
