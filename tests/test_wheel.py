@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT, TINY
 
+# Two builds at once would write into the same build folder of the checkout.
+pytestmark = pytest.mark.xdist_group("wheel")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
