@@ -88,6 +88,11 @@ def nearest(word: object, known: Iterable[str]) -> str:
 Schema = TypeVar("Schema", bound=Section)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @dataclass(frozen=True)
 class Loaded(Generic[Schema]):
     """A checked configuration and where each of its keys was said."""

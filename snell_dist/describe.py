@@ -23,8 +23,7 @@ def backbone(section: BackboneSection) -> str:
     with torch.device("meta"):
         images = section.make(CLASSES)
         whole = section.towers() if section.has_texts else images
-    skipped = select_names([n for n, _ in whole.model.named_parameters()], whole.head, whole.blocks)
-    count = sum(p.numel() for n, p in whole.model.named_parameters() if n not in skipped)
+    count = _count(whole.model, set(_outside_head(whole)))
     sizes = [f"{name} {count * width / GIB:.2f} GiB" for name, width in (("float32", 4), ("bfloat16", 2))]
     flops = [f"{_flops(images.model, torch.empty(1, *whole.image_shape, device='meta')) / 1e9:,.1f} G an image"]
     if section.has_texts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from snell_dist.config import ConfigError, Problem, UserError, nearest
+from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,3 @@ def display(arch: str, said: Mapping[str, Any], usual: Mapping[str, Any]) -> str
     """timm's name, and what is not as it says."""
     other = [f"{key}={value}" for key, value in said.items() if value is not None and usual.get(key) != value]
     return f"{arch}({', '.join(other)})" if other else arch
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

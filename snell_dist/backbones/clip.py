@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from snell_dist.anatomy import BLOCK, Backbone, linears, number
+from snell_dist.anatomy import Backbone, find_blocks, linears, number
 from snell_dist.backbones import BackboneSection
-from snell_dist.backbones._timm import first_line
-from snell_dist.config import ConfigError, Problem, UserError, nearest
+from snell_dist.backbones._timm import display
+from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,12 +138,12 @@ class Clip(BackboneSection):
         return _towers.make(settings), image_size
 
     def _backbone(self, model: nn.Module, image_size: int, besides: list[str]) -> Backbone:
-        names = [name for name, _ in model.named_modules() if BLOCK.fullmatch(name)]
+        names = find_blocks(model).values()
         images = number((name for name in names if name.startswith("visual.")), "visual.")
         texts = number((name for name in names if not name.startswith("visual.")), "text.")
         own = {key: value for key, value in self.model_dump(exclude_none=True).items() if key in SHAPE}
         return Backbone(
-            name=f"{self.size}({', '.join(f'{k}={v}' for k, v in own.items())})" if own else self.size,
+            name=display(self.size, own, {}),
             model=model,
             blocks=images | texts,
             image_shape=(3, image_size, image_size),

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from snell_dist.config import nearest
+from snell_dist.config import first_line, nearest
 
 # What a folder may hold, what is safest to read first.
 NAMES = (
@@ -88,9 +88,9 @@ def _load_hub(source: str) -> Any:
         try:
             return Path(huggingface_hub.hf_hub_download(found["repo"], name, revision=found["revision"]))
         except EntryNotFoundError as error:
-            raise Absent(_line(error)) from None
+            raise Absent(first_line(error)) from None
         except Exception as error:  # the hub's other errors have no common class
-            raise Unreadable(f"the hub does not give {name}: {_line(error)}") from None
+            raise Unreadable(f"the hub does not give {name}: {first_line(error)}") from None
 
     reasons = []
     for name in NAMES:
@@ -149,7 +149,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise Unreadable(f"{path.name} is cut off or damaged: {_line(error)}") from None
+        raise Unreadable(f"{path.name} is cut off or damaged: {first_line(error)}") from None
 
 
 def _load_zip(path: Path) -> Any:
@@ -177,7 +177,7 @@ def _load_npz(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # numpy's readers have no common class of errors
-        raise Unreadable(f"{path.name} is damaged or holds more than plain arrays: {_line(error)}") from None
+        raise Unreadable(f"{path.name} is damaged or holds more than plain arrays: {first_line(error)}") from None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -204,7 +204,3 @@ def _load_torch(path: Path, mmap: bool = False) -> Any:
             f"{path.name} asks to run {code[1] or code[2]}, and code in a checkpoint is never run; where you trust it,"
             " load it yourself and save its state_dict as safetensors"
         ) from None
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
