@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from snell_dist.config import ConfigError, Problem, UserError
+from snell_dist.config import ConfigError, Problem, UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"launcher: {str(error).splitlines()[0]} (start with torchrun, or unset WORLD_SIZE)") from None
+        raise UserError(f"launcher: {first_line(error)} (start with torchrun, or unset WORLD_SIZE)") from None
     try:
         yield
     finally:

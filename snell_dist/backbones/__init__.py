@@ -6,7 +6,7 @@ needs to know of it without knowing the family.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -96,3 +96,9 @@ def section(name: str, **options: Any) -> BackboneSection:
     chosen = check({"name": family, **({"size": size} if size else {}), **options}, plugin.find(family))
     assert isinstance(chosen, BackboneSection)
     return chosen
+
+
+def display(arch: str, said: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """The library's name, and what is not as it says."""
+    other = [f"{key}={value}" for key, value in said.items() if value is not None and usual.get(key) != value]
+    return f"{arch}({', '.join(other)})" if other else arch

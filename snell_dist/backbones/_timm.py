@@ -53,9 +53,3 @@ def tagged(arch: str, tag: str) -> Published:
         message = f"timm cannot load them for {arch}: {first_line(error)}"
         raise UserError(f"backbone.weights = {tag!r}: {message}") from None
     return Published(f"{arch}.{tag}", "timm", dict(model.state_dict()))
-
-
-def display(arch: str, said: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """timm's name, and what is not as it says."""
-    other = [f"{key}={value}" for key, value in said.items() if value is not None and usual.get(key) != value]
-    return f"{arch}({', '.join(other)})" if other else arch

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from snell_dist.anatomy import Backbone, find_blocks, linears, number
-from snell_dist.backbones import BackboneSection
-from snell_dist.backbones._timm import display
+from snell_dist.backbones import BackboneSection, display
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -186,10 +185,7 @@ def _is_ours(settings: dict[str, Any]) -> bool:
 
 
 def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ModuleNotFoundError:
-        raise UserError(
-            "backbone.name = 'clip': needs open_clip, which is missing: pip install open_clip_torch"
-        ) from None
+    """Imported when first needed: it takes seconds."""
+    import open_clip
+
     return open_clip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.anatomy import Backbone, linears, number
-from snell_dist.backbones import BackboneSection, _timm
+from snell_dist.backbones import BackboneSection, _timm, display
 from snell_dist.config import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Convnext(BackboneSection):
         stages = enumerate(model.stages)
         blocks = number(f"stages.{s}.blocks.{i}" for s, stage in stages for i in range(len(stage.blocks)))
         return Backbone(
-            name=_timm.display(arch, own, {}),
+            name=display(arch, own, {}),
             model=model,
             blocks=blocks,
             image_shape=(self.channels, self.image_size, self.image_size),

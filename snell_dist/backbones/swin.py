@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.anatomy import Backbone, linears, number
-from snell_dist.backbones import BackboneSection, _timm
+from snell_dist.backbones import BackboneSection, _timm, display
 from snell_dist.config import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Swin(BackboneSection):
         stages = enumerate(model.layers)
         blocks = number(f"layers.{s}.blocks.{i}" for s, stage in stages for i in range(len(stage.blocks)))
         return Backbone(
-            name=_timm.display(arch, own, {"img_size": usual}),
+            name=display(arch, own, {"img_size": usual}),
             model=model,
             blocks=blocks,
             image_shape=(self.channels, image_size, image_size),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.anatomy import Backbone, linears, number
-from snell_dist.backbones import BackboneSection, _timm
+from snell_dist.backbones import BackboneSection, _timm, display
 from snell_dist.config import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Vit(BackboneSection):
                 module.qkv_bias_separate = True
         blocks = number(f"blocks.{i}" for i in range(len(model.blocks)))
         return Backbone(
-            name=_timm.display(arch, own, usual),
+            name=display(arch, own, usual),
             model=model,
             blocks=blocks,
             image_shape=(self.channels, image_size, image_size),

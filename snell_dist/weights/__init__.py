@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from snell_dist.config import UserError
+from snell_dist.config import UserError, first_line
 from snell_dist.weights import _files, _unwrap
 from snell_dist.weights._fit import KEY, Report, fit
 
@@ -67,5 +67,5 @@ def _converted(layout: Any, state: dict[str, Tensor], said: str) -> dict[str, Te
     except KeyError as error:
         raise UserError(f"{said}: lacks {error.args[0]}, which a file of layout {layout.NAME} has") from None
     except (RuntimeError, IndexError) as error:  # a tensor whose dimensions are not those of the layout
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{said}: looks like {layout.NAME}, but its tensors have other shapes: {reason}") from None
