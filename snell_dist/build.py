@@ -13,8 +13,9 @@ from torch import Tensor
 from snell_dist import dist, methods, optim, precision, remat
 from snell_dist.anatomy import Backbone, fingerprint
 from snell_dist.config import ConfigError, Problem
-from snell_dist.data import Splits, micro_batches
+from snell_dist.data import Splits
 from snell_dist.engines import Engine, Work
+from snell_dist.feed import Feed, steps_per_epoch
 from snell_dist.run_config import Run
 from snell_dist.tasks import Task
 
@@ -24,6 +25,8 @@ class Built:
     weights: str | None  # where the backbone's came from
     fingerprint: str  # of those weights
     splits: Splits
+    steps_per_epoch: int
+    steps: int
     backbone: Backbone
     trainable: list[str]
     task: Task
@@ -42,7 +45,8 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     """
     config.data.accumulation()  # complains early
     dist.seed_everything(config.train.seed)
-    splits = config.data.load()
+    splits = config.data.load(config.protocol.all_labelled)
+    epoch = steps_per_epoch(splits.train, config.data.batch_size)
     backbone = config.task.build(config.backbone.model_copy(update={"weights": weights}), splits)
     _fit(splits, backbone)
     identity = fingerprint(backbone.model, backbone.head)
@@ -64,7 +68,8 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
             device=device,
         )
     )
-    return Built(weights, identity, splits, backbone, trainable, task, engine)
+    steps = config.train.total_steps(epoch)
+    return Built(weights, identity, splits, epoch, steps, backbone, trainable, task, engine)
 
 
 def _fit(splits: Splits, backbone: Backbone) -> None:
@@ -81,8 +86,7 @@ def _losses(
     wanted = config.method.calibration()
     if wanted:
         backbone.model.to(device)
-    batches = (
-        batch for step in range(wanted) for batch in micro_batches(splits.train, config.data, step, 0, shared=True)
-    )
+    feed = Feed(splits.train, config.data, seed=0, start=0, stop=wanted, shared=True)
+    batches = (batch for _ in range(wanted) for batch in feed.step())
     for batch in islice(batches, wanted):
         yield functools.partial(task.loss, backbone.model, batch.to(device))

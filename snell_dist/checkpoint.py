@@ -25,16 +25,14 @@ from snell_dist.config import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from snell_dist.engines import Engine
     from snell_dist.methods import Method
 
 ADAPTER = "adapter.safetensors"
 FORMAT = "snell_dist adapter 1"
 
 
-def save(folder: Path, engine: Engine, step: int, keep: int) -> None:
+def save(folder: Path, state: dict[str, Tensor], step: int, keep: int) -> None:
     """Writes `checkpoints/step_N`, N steps done, then removes all but the newest `keep`."""
-    state = engine.state()
     if dist.rank() == 0:
         parent = folder / "checkpoints"
         temporary, final = parent / f".tmp_step_{step:08d}", parent / f"step_{step:08d}"
@@ -51,13 +49,12 @@ def save(folder: Path, engine: Engine, step: int, keep: int) -> None:
     dist.barrier()
 
 
-def resume(folder: Path, engine: Engine) -> int:
-    """Loads the newest checkpoint, if there is one. Returns the number of steps done."""
+def newest(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """Steps done and the state after them, of the newest checkpoint; (0, {}) where there is none."""
     done = _finished(folder)
     if not done:
-        return 0
-    engine.load_state(read_tensors(done[-1] / "state.safetensors"))
-    return int(done[-1].name.removeprefix("step_"))
+        return 0, {}
+    return int(done[-1].name.removeprefix("step_")), read_tensors(done[-1] / "state.safetensors")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Processes of this group on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the best there is; otherwise the named one. ConfigError where this machine lacks it."""
     import torch

@@ -44,7 +44,7 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
             built = build(config, _weights(config, out, device, (loaded.name,)), device)
             if folder is not None:
                 load_adapter(folder / ADAPTER, built.engine.model, built.fingerprint)
-            return built.task.evaluate(built.engine, getattr(built.splits, split), config.data.batch_size)
+            return built.task.evaluate(built.engine, getattr(built.splits, split), config.data).metrics
     except ConfigError as error:
         raise loaded.locate(error) from None
 

@@ -49,7 +49,7 @@ def make_optimizer(optim: Optim, named: Iterable[tuple[str, nn.Parameter]]) -> t
     return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
 
 
-def lr_at(optim: Optim, step: int, steps: int) -> float:
+def lr_at(optim: Optim, step: int, steps: int, steps_per_epoch: int) -> float:
     """The learning rate in force during `step` (from 0) of `steps`."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)

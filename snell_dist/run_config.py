@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from snell_dist.backbones import BackboneSection
 from snell_dist.config import Plugin, Section
@@ -13,20 +13,42 @@ from snell_dist.engines import EngineSection
 from snell_dist.methods import Method
 from snell_dist.optim import Optim
 from snell_dist.precision import Precision
+from snell_dist.protocol import Protocol
 from snell_dist.remat import Remat
 from snell_dist.tasks import TaskSection
 
 
 class Train(Section):
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or say epochs")
+    epochs: int | None = Field(None, ge=1, description="passes over the training images; or say steps")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     log_every: int = Field(10, ge=1, description="steps")
     eval_every: int | None = Field(
-        None, ge=1, description="steps between looks at the validation images; null: only at the end"
+        None, ge=1, description="steps between looks at the weights (see protocol); null: only at the end"
     )
+    eval_epochs: int | None = Field(None, ge=1, description="epochs between looks, besides or instead")
+    eval_last_epochs: int = Field(0, ge=0, description="a look after each of so many last epochs, besides")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("must say either steps or epochs (the other one null)")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return self.steps or (self.epochs or 0) * steps_per_epoch
+
+    def looks(self, done: int, steps_per_epoch: int) -> bool:
+        """Whether the weights are looked at after `done` steps; they are at the end."""
+        steps = self.total_steps(steps_per_epoch)
+        epoch, inside = divmod(done, steps_per_epoch)
+        every = self.eval_every is not None and done % self.eval_every == 0
+        epochs = self.eval_epochs is not None and not inside and epoch % self.eval_epochs == 0
+        late = not inside and epoch > steps / steps_per_epoch - self.eval_last_epochs
+        return every or epochs or late or done == steps
 
 
 class Run(Section):
@@ -40,4 +62,5 @@ class Run(Section):
     precision: Precision = Precision()
     remat: Remat = Remat()
     optim: Optim = Optim()
+    protocol: Protocol = Protocol()
     train: Train

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from snell_dist import checkpoint, dist, log, optim, run_folder
-from snell_dist.audit import entries
+from snell_dist import checkpoint, dist, log, optim, results, run_folder
 from snell_dist.build import Built
 from snell_dist.config import UserError
-from snell_dist.data import micro_batches, steps_per_epoch
+from snell_dist.evaluate import Measured
+from snell_dist.feed import Feed
 from snell_dist.memory.record import PeakMemory, process_mib
 from snell_dist.methods import Place
 from snell_dist.observe import Moment, Observer, StepTimer
 from snell_dist.run_config import Run
+from snell_dist.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,25 @@ class Outcome:
 
 def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
     """Trains in a run folder, from its newest checkpoint if it has one, to the end or to a request to stop."""
-    start = checkpoint.resume(folder, built.engine)
+    start, state = checkpoint.newest(folder)
     if start:
-        log.info(f"resumed after step {start} of {config.train.steps}")
+        built.engine.load_state(state)
+        log.info(f"resumed after step {start} of {built.steps}")
     timer, summary = StepTimer(device), dict[str, Any]()
+    selection = Selection(config.protocol, folder, built.steps)
     with ExitStack() as stack:
         stop = stack.enter_context(dist.StopRequest().listening())
         observers = _observers(config, folder, built, start)
         for observer in observers:
             stack.callback(observer.on_end, summary)
-        done = loop(config, folder, built, start, observers, timer, stop)
-    if done < config.train.steps:
+        done = loop(config, folder, built, start, selection, observers, timer, stop)
+    if done < built.steps:
         return Outcome(folder, interrupted=True, summary=summary)
-    summary |= _results(config, built, timer)
-    _finish(config, folder, built, summary)
+    selection.restore(built.engine)
+    test = built.task.evaluate(built.engine, built.splits.test, config.data)
+    val = None if built.splits.val_trains else built.task.evaluate(built.engine, built.splits.val, config.data)
+    summary |= results.summary(config, built, test, val, selection.step, timer.drain())
+    _finish(config, folder, built, test, summary)
     return Outcome(folder, interrupted=False, summary=summary)
 
 
@@ -57,48 +63,68 @@ def loop(
     folder: Path,
     built: Built,
     start: int,
+    selection: Selection,
     observers: list[Observer],
     timer: StepTimer,
     stop: dist.StopRequest,
 ) -> int:
     """The training steps from `start` on. Returns the number of steps done."""
-    cfg, engine, task, splits = config.train, built.engine, built.task, built.splits
-    epoch = steps_per_epoch(splits.train, config.data.batch_size)
+    cfg, engine, task, epoch = config.train, built.engine, built.task, built.steps_per_epoch
+    feed = Feed(built.splits.train, config.data, cfg.seed, start, built.steps)
     engine.model.train()
     done = start
-    for step in range(start, cfg.steps):
+    for step in range(start, built.steps):
         # one step: gradients of the mean loss over the whole batch, one update
         timer.start()
         dist.seed_everything(cfg.seed, step, dist.rank())
-        loss = task.step(engine, micro_batches(splits.train, config.data, step, cfg.seed))
+        loss = task.step(engine, feed.step())
         if step == start:
             check_gradients(built)
-        lr = optim.lr_at(config.optim, step, cfg.steps)
+        lr = optim.lr_at(config.optim, step, built.steps, epoch)
         grad_norm = engine.step(lr)
         task.after_step(engine.model)
-        config.method.after_step(engine.model, Place(step, cfg.steps, epoch))
+        config.method.after_step(engine.model, Place(step, built.steps, epoch))
         engine.clear()
         timer.stop()
 
         # what is said, looked at, saved
         done, metrics = step + 1, {}
-        last = done == cfg.steps
+        last = done == built.steps
         if done % cfg.log_every == 0 or last:
             metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
+            metrics |= pace(timer.drain()[-cfg.log_every :], feed.waited_s(), config.data.batch_size)
             metrics["process_mib"] = process_mib(engine.device)
-            metrics["step_s"] = statistics.median(timer.drain()[-cfg.log_every :])
             check_finite(metrics["loss"], step)
-        if cfg.eval_every and done % cfg.eval_every == 0:
-            measured = task.evaluate(engine, splits.val, config.data.batch_size)
-            metrics |= {f"val_{key}": value for key, value in measured.items()}
+        if cfg.looks(done, epoch):
+            metrics |= look(config, built, selection, done)
         for observer in observers:
             observer.on_step(Moment(step, metrics))
         stopping = stop.agreed(engine.device)
         if last or stopping or done % cfg.save_every == 0:
-            checkpoint.save(folder, engine, done, cfg.keep)
+            checkpoint.save(folder, engine.state(), done, cfg.keep)
         if stopping:
             break
     return done
+
+
+def look(config: Run, built: Built, selection: Selection, done: int) -> dict[str, float]:
+    """Measures the weights on the images that the protocol chooses by; empty where those were trained on."""
+    where = config.protocol.looks_at
+    found: dict[str, float] = {}
+    if where == "test" or not built.splits.val_trains:
+        found = built.task.evaluate(built.engine, getattr(built.splits, where), config.data).metrics
+    selection.consider(built.engine, done, found.get("accuracy", 0.0))
+    return {f"{where}_{name}": value for name, value in found.items()}
+
+
+def pace(seconds: list[float], waited_s: float, batch_size: int) -> dict[str, float]:
+    """Of the last steps: median time, images a second over all ranks, and the share of time spent waiting for them."""
+    whole = sum(seconds)
+    return {
+        "step_s": statistics.median(seconds),
+        "images_per_s": batch_size * len(seconds) / whole,
+        "data_wait": waited_s / whole,
+    }
 
 
 def check_gradients(built: Built) -> None:
@@ -123,37 +149,16 @@ def check_finite(loss: float, step: int) -> None:
 def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Observer]:
     observers: list[Observer] = [PeakMemory(built.engine, start)]
     if dist.rank() == 0:
-        observers += [log.MetricsFile(folder / "metrics.jsonl", start), log.Progress(start, config.train.steps)]
+        observers += [log.MetricsFile(folder / "metrics.jsonl", start), log.Progress(start, built.steps)]
     return observers
 
 
-def _results(config: Run, built: Built, timer: StepTimer) -> dict[str, Any]:
-    """The one look at the test images, and the run's figures."""
-    splits, batch_size = built.splits, config.data.batch_size
-    test = built.task.evaluate(built.engine, splits.test, batch_size)
-    val = built.task.evaluate(built.engine, splits.val, batch_size)
-    sizes = entries(built.engine.model)
-    seconds = timer.drain()
-    return {
-        "method": config.method.name,
-        "base": built.backbone.name,
-        "base_weights": built.weights,
-        "base_sha256": built.fingerprint,
-        "protocol": "weights of the last step; test images looked at once",
-        "trainable_parameters": sum(sizes[name] for name in built.trainable),
-        "parameters": sum(sizes.values()),
-        "test_accuracy": test["accuracy"],
-        "test_images": len(splits.test),  # type: ignore[arg-type]
-        "val_accuracy": val["accuracy"],
-        "steps": config.train.steps,
-        "median_step_s": statistics.median(seconds) if seconds else None,
-    }
-
-
-def _finish(config: Run, folder: Path, built: Built, summary: dict[str, Any]) -> None:
+def _finish(config: Run, folder: Path, built: Built, test: Measured, summary: dict[str, Any]) -> None:
     if dist.rank() == 0:
         file, classes = folder / checkpoint.ADAPTER, built.splits.classes
         belongs = checkpoint.Belongs(built.backbone.name, built.fingerprint, config.method, classes)
         checkpoint.save_adapter(file, built.engine.model, built.saved, belongs)
+        said = {"label": test.label, "predicted": test.predicted, "confidence": test.confidence}
+        checkpoint.write_tensors(folder / "test_predictions.safetensors", said, {})
         run_folder.write_summary(folder, summary)
     dist.barrier()

@@ -17,7 +17,8 @@ def test_an_adapter_file_gives_the_same_logits_on_the_same_base(tmp_path: Path) 
     config = load(str(outcome.folder / "config.yaml"), [], Run).config
     built = build(config, None, torch.device("cpu"))
     load_adapter(outcome.folder / ADAPTER, built.engine.model, built.fingerprint)
-    assert built.task.evaluate(built.engine, built.splits.test, 64)["accuracy"] == outcome.summary["test_accuracy"]
+    measured = built.task.evaluate(built.engine, built.splits.test, config.data)
+    assert measured.metrics["accuracy"] == outcome.summary["test_accuracy"]
     metadata = read_metadata(outcome.folder / ADAPTER)
     assert metadata["base_sha256"] == built.fingerprint
     assert metadata["classes"] == '["five", "six", "seven", "eight", "nine"]'
@@ -52,7 +53,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     from snell_dist.build import build
 
     built = build(load("demo", [*TINY, "method.rank=4"], Run).config, None, torch.device("cpu"))
-    save(tmp_path, built.engine, 2, keep=2)
+    save(tmp_path, built.engine.state(), 2, keep=2)
 
     def fails(path: Path) -> None:
         raise OSError("no space left on device")
@@ -60,19 +61,19 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "_sync", fails)
         with pytest.raises(OSError, match="no space"):
-            save(tmp_path, built.engine, 4, keep=2)
-    assert checkpoint.resume(tmp_path, built.engine) == 2
-    save(tmp_path, built.engine, 4, keep=2)
-    save(tmp_path, built.engine, 6, keep=2)
+            save(tmp_path, built.engine.state(), 4, keep=2)
+    assert checkpoint.newest(tmp_path)[0] == 2
+    save(tmp_path, built.engine.state(), 4, keep=2)
+    save(tmp_path, built.engine.state(), 6, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
 
 
 def test_another_configurations_checkpoint_is_refused(tmp_path: Path) -> None:
     from snell_dist.build import build
-    from snell_dist.checkpoint import resume
+    from snell_dist.checkpoint import newest
 
     snell = build(load("demo", [*TINY, "method.rank=4"], Run).config, None, torch.device("cpu"))
     linear = build(load("demo/linear", TINY, Run).config, None, torch.device("cpu"))
-    save(tmp_path, snell.engine, 2, keep=2)
+    save(tmp_path, snell.engine.state(), 2, keep=2)
     with pytest.raises(UserError, match="another run's"):
-        resume(tmp_path, linear.engine)
+        linear.engine.load_state(newest(tmp_path)[1])

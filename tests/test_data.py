@@ -4,18 +4,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snell_dist.data import PADDING, batch_indices, every_once, micro_batches
+from snell_dist.data import PADDING
 from snell_dist.data.digits import Digits
+from snell_dist.feed import Feed, batch_indices, every_once
 
 
 class Numbers:
     """Image i is a tensor that holds i."""
 
+    augments = False
+
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.labels = range(size)
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return torch.full((1, 1, 1), float(index)), index
@@ -47,7 +50,7 @@ def test_any_number_of_processes_sees_the_same_step(monkeypatch) -> None:
             labels, shapes = [], set()
             for rank in range(world_size):
                 as_rank(monkeypatch, rank, world_size)
-                batches = list(micro_batches(dataset, data, step, seed=0))
+                batches = list(Feed(dataset, data, 0, step, step + 1).step())
                 assert [b.last for b in batches] == [False] * (len(batches) - 1) + [True]
                 labels += [i for b in batches for i in b.labels.tolist() if i != PADDING]
                 shapes |= {len(b.labels) for b in batches}
@@ -64,7 +67,7 @@ def test_evaluation_sees_every_image_once_and_equally_many_batches(monkeypatch) 
             seen, counts = [], set()
             for rank in range(world_size):
                 as_rank(monkeypatch, rank, world_size)
-                batches = list(every_once(Numbers(size), batch_size=8))
+                batches = list(every_once(Numbers(size), Digits(name="digits", eval_batch_size=8)))
                 counts.add(tuple(len(b.labels) for b in batches))
                 seen += [i for b in batches for i in b.labels.tolist() if i != PADDING]
             assert sorted(seen) == list(range(size))
@@ -72,11 +75,11 @@ def test_evaluation_sees_every_image_once_and_equally_many_batches(monkeypatch) 
 
 
 def test_digits_splits_are_disjoint_and_independent_of_the_chosen_classes() -> None:
-    splits = Digits(name="digits", classes=[7, 5]).load()
+    splits = Digits(name="digits", classes=[7, 5]).load(False)
     counts = [len(s) for s in (splits.train, splits.val, splits.test)]  # type: ignore[arg-type]
     assert sum(counts) == 179 + 182, "scikit-learn documents 179 sevens and 182 fives"
     assert splits.classes == ["seven", "five"]
-    alone = Digits(name="digits", classes=[5, 0]).load()
+    alone = Digits(name="digits", classes=[5, 0]).load(False)
     fives = [image for image, label in (splits.test[i] for i in range(len(splits.test))) if label == 1]
     same = [image for image, label in (alone.test[i] for i in range(len(alone.test))) if label == 0]
     assert torch.equal(torch.stack(fives), torch.stack(same))

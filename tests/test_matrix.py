@@ -18,7 +18,7 @@ from snell_dist.anatomy import linears
 from snell_dist.backbones import section
 from snell_dist.build import Built, build
 from snell_dist.config import Plugin, UserError, check
-from snell_dist.data import micro_batches
+from snell_dist.feed import Feed
 from snell_dist.methods import LinearMethod
 from snell_dist.run_config import Run
 from snell_dist.train import check_gradients
@@ -74,7 +74,7 @@ def steps(config: Run, made: Built, count: int = 3) -> list[float]:
     losses = []
     for step in range(count):
         torch.manual_seed(step)
-        batches = micro_batches(made.splits.train, config.data, step, 0)
+        batches = Feed(made.splits.train, config.data, 0, step, step + 1).step()
         losses.append(made.task.step(made.engine, batches).item())
         if step == 0:
             check_gradients(made)
@@ -166,10 +166,12 @@ def test_a_run_saves_what_trains_and_goes_on_exactly(family: str, method: str, t
     config = configured(family, method)
     made = built(config)
     steps(config, made, 2)
-    checkpoint.save(tmp_path, made.engine, 2, keep=1)
+    checkpoint.save(tmp_path, made.engine.state(), 2, keep=1)
     losses = steps(config, made)
     again = built(config)
-    assert checkpoint.resume(tmp_path, again.engine) == 2
+    done, state = checkpoint.newest(tmp_path)
+    assert done == 2
+    again.engine.load_state(state)
     assert steps(config, again) == losses
     assert all(torch.equal(tensor, trained(made)[name]) for name, tensor in trained(again).items())
 

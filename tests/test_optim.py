@@ -23,16 +23,16 @@ def test_the_cosine_is_torchs_own(warmup: int) -> None:
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps - warmup, eta_min=0.01)
     for step in range(warmup, steps):
-        assert math.isclose(lr_at(optim, step, steps), sgd.param_groups[0]["lr"], rel_tol=1e-9)
+        assert math.isclose(lr_at(optim, step, steps, 1), sgd.param_groups[0]["lr"], rel_tol=1e-9)
         sgd.step()
         cosine.step()
-    rates = [lr_at(optim, step, steps) for step in range(warmup + 1)]
+    rates = [lr_at(optim, step, steps, 1) for step in range(warmup + 1)]
     assert rates == sorted(rates)
     assert rates[0] > 0
 
 
 def test_constant_and_sgd() -> None:
-    assert {lr_at(Optim(schedule="constant", lr=0.5), step, 9) for step in range(9)} == {0.5}
+    assert {lr_at(Optim(schedule="constant", lr=0.5), step, 9, 1) for step in range(9)} == {0.5}
     optimizer = make_optimizer(Optim(name="sgd", betas=[0.8, 0.0]), [("w", nn.Parameter(torch.zeros(2, 2)))])
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.param_groups[0]["momentum"] == 0.8

@@ -1,15 +1,12 @@
-"""Data: images with labels, and the order in which training sees them. One file a source, found by its name.
-
-The order is a pure function of (seed, step): the global batch of a step is a slice of its epoch's
-permutation, whatever the number of processes, so a resumed run continues exactly where it stood.
-"""
+"""Data: labelled images in three splits. One file a source, found by its name; `feed.py` says who sees what when."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -17,23 +14,64 @@ from snell_dist import dist
 from snell_dist.config import ConfigError, Problem, Section
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from PIL import Image
     from torch import Tensor
-    from torch.utils.data import Dataset
 
 PADDING = -1  # the label of an image that fills up a batch and counts for nothing
+MOST_WORKERS = 10
+
+
+class Images(Protocol):
+    """Labelled images, as the model takes them and as they are stored."""
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+    @property
+    def augments(self) -> bool:
+        """Whether an image is drawn anew each time, with random numbers."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image [C, H, W] float32 and label. UserError, naming the file, where it cannot be read."""
+        ...
+
+    def picture(self, index: int) -> Image.Image:
+        """The image as it is stored."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What it is called in its source; no two of a split have the same."""
+        ...
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Datasets of (image [C, H, W] float32, label int). Choices are made on val; test is looked at once."""
+    """Choices are made on val; test is looked at once.
 
-    train: Dataset
-    val: Dataset
-    test: Dataset
+    `about`: what a result must say of its data, such as resize, normalisation and which images train.
+    `val_trains`: val's images are among train's.
+    """
+
+    train: Images
+    val: Images
+    test: Images
     classes: list[str]
     image_shape: tuple[int, int, int]
+    about: Mapping[str, str] = field(default_factory=dict)
+    val_trains: bool = False
+
+    def sha256(self) -> str:
+        """Of the names and labels of all three splits, in order: two runs that agree saw the same division."""
+        found = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            for index, label in enumerate(split.labels):
+                found.update(f"{split.name(index)}\t{label}\n".encode())
+            found.update(b"\n")
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -51,16 +89,27 @@ class Batch:
 
 
 class DataSection(Section):
-    """What every source says."""
+    """What every source says. `in_memory`: reading costs nothing, so no process of its own does it."""
+
+    in_memory: ClassVar[bool] = False
 
     name: str
     batch_size: int = Field(64, ge=1, description="images per step, over all processes")
     micro_batch_size: int | None = Field(
         None, ge=1, description="images per process at a time; gradients accumulate to batch_size; null: all at once"
     )
+    eval_batch_size: int | None = Field(
+        None, ge=1, description="images per process at a time in evaluation; null: the share of batch_size"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that read images, for each process that trains; null: by the cores there are"
+    )
 
-    def load(self) -> Splits:
-        """Reads the source. UserError where it is missing or damaged."""
+    def load(self, all_labelled: bool) -> Splits:
+        """Reads the source. UserError where it is missing or damaged.
+
+        `all_labelled`: where the benchmark's own protocol does so (VTAB-1k), val's images train as well.
+        """
         raise NotImplementedError
 
     def accumulation(self) -> int:
@@ -76,54 +125,12 @@ class DataSection(Section):
             raise ConfigError(Problem("data.micro_batch_size", message, micro))
         return share // micro
 
+    def eval_size(self) -> int:
+        """Images per process at a time in evaluation."""
+        return self.eval_batch_size or -(-self.batch_size // dist.world_size())
 
-def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
-    """The last, smaller batch is kept."""
-    return -(-len(dataset) // batch_size)  # type: ignore[arg-type]
-
-
-def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of the global batch of a step, as a function of (seed, step) alone."""
-    epoch, position = divmod(step, -(-size // batch_size))
-    return _epoch_order(size, epoch, seed)[position * batch_size : (position + 1) * batch_size].tolist()
-
-
-@functools.lru_cache(maxsize=1)
-def _epoch_order(size: int, epoch: int, seed: int) -> np.ndarray:
-    import numpy as np
-
-    return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-def micro_batches(dataset: Dataset, data: DataSection, step: int, seed: int, shared: bool = False) -> Iterator[Batch]:
-    """This process's micro-batches of one step. Ranks get equally many images: short batches are padded.
-
-    `shared`: instead, every rank gets all of the step's micro-batches.
-    """
-    indices = batch_indices(len(dataset), data.batch_size, step, seed)  # type: ignore[arg-type]
-    rank, ranks = (0, 1) if shared else (dist.rank(), dist.world_size())
-    pieces = data.accumulation() * (dist.world_size() if shared else 1)
-    size = -(-len(indices) // (pieces * ranks))
-    for piece in range(pieces):
-        start = (piece * ranks + rank) * size
-        mine = indices[start : start + size]
-        yield Batch(*_collate(dataset, mine, size), total=len(indices), last=piece == pieces - 1)
-
-
-def every_once(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-    """This process's share of an evaluation: every image once over all ranks, equally many batches on each."""
-    count, ranks, me = len(dataset), dist.world_size(), dist.rank()  # type: ignore[arg-type]
-    for start in range(0, count, batch_size * ranks):
-        first = start + me * batch_size
-        mine = list(range(min(first, count), min(first + batch_size, count)))
-        size = min(batch_size, count - start)  # the fullest rank's share
-        yield Batch(*_collate(dataset, mine, size), total=count, last=start + batch_size * ranks >= count)
-
-
-def _collate(dataset: Dataset, indices: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """Stacks the images, padded to `size` with copies of the dataset's first under the label PADDING."""
-    import torch
-
-    pairs = [dataset[i] for i in indices] + [(dataset[0][0], PADDING)] * (size - len(indices))
-    images, labels = zip(*pairs, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    def reading_processes(self) -> int:
+        if self.workers is not None or self.in_memory:
+            return self.workers or 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(MOST_WORKERS, cores // dist.local_world_size() - 1))

@@ -6,13 +6,15 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from snell_dist.data import DataSection, Splits
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
     from torch import Tensor
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -20,6 +22,8 @@ VAL, TEST = 0.2, 0.3  # fractions of each class
 
 
 class Digits(DataSection):
+    in_memory: ClassVar[bool] = True
+
     name: Literal["digits"]
     classes: list[int] = Field(list(range(10)), min_length=2, description="which digits")
     image_size: int = Field(8, ge=8, description="pixels a side; larger ones are interpolated")
@@ -32,14 +36,15 @@ class Digits(DataSection):
             raise ValueError("must be different digits from 0 to 9")
         return classes
 
-    def load(self) -> Splits:
+    def load(self, all_labelled: bool) -> Splits:
         """Train, val and test hold 50, 20 and 30 % of each class, split once and for all (not by the run's seed)."""
         import numpy as np
         import torch
         from sklearn.datasets import load_digits
 
-        images, targets = load_digits(return_X_y=True)
-        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1  # 0..16 to -1..1
+        inks, targets = load_digits(return_X_y=True)
+        inks = inks.reshape(-1, 8, 8)
+        images = torch.tensor(inks, dtype=torch.float32).unsqueeze(1) / 8 - 1  # 0..16 to -1..1
         parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
         for label, digit in enumerate(self.classes):
             members = np.random.default_rng([1998, digit]).permutation(np.flatnonzero(targets == digit))
@@ -50,20 +55,44 @@ class Digits(DataSection):
         if self.image_size > 8:
             images = torch.nn.functional.interpolate(images, size=(self.image_size,) * 2, mode="bilinear")
         images = images.expand(-1, self.channels, -1, -1)
-        datasets = {
-            name: _InMemory(images[[i for i, _ in part]], [label for _, label in part]) for name, part in parts.items()
-        }
-        shape = (self.channels, self.image_size, self.image_size)
-        return Splits(**datasets, classes=[WORDS[digit] for digit in self.classes], image_shape=shape)  # type: ignore[arg-type]
+        return Splits(
+            train=_part(images, inks, parts["train"]),
+            val=_part(images, inks, parts["val"]),
+            test=_part(images, inks, parts["test"]),
+            classes=[WORDS[digit] for digit in self.classes],
+            image_shape=(self.channels, self.image_size, self.image_size),
+            about={
+                "dataset": f"digits {self.classes}",
+                "split": "50 % train, 20 % val, 30 % test of each class",
+                "resize": f"bilinear to {self.image_size}" if self.image_size > 8 else "none",
+                "normalisation": "0..16 to -1..1",
+            },
+        )
 
 
 @dataclass(frozen=True)
 class _InMemory:
     images: Tensor
+    inks: np.ndarray  # [N, 8, 8], 0..16
     labels: list[int]
+    numbers: list[int]  # in scikit-learn's file
+    augments: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
+
+    def picture(self, index: int) -> Image.Image:
+        from PIL import Image
+
+        return Image.fromarray((self.inks[index] * 15).astype("uint8"))  # 16 levels, exactly
+
+    def name(self, index: int) -> str:
+        return f"digit_{self.numbers[index]:04d}"
+
+
+def _part(images: Tensor, inks: np.ndarray, members: list[tuple[int, int]]) -> _InMemory:
+    numbers, labels = [number for number, _ in members], [label for _, label in members]
+    return _InMemory(images[numbers], inks[numbers], labels, numbers)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 from snell_dist.anatomy import Backbone
 from snell_dist.backbones import BackboneSection
 from snell_dist.config import Section
-from snell_dist.data import Batch, Splits
+from snell_dist.data import Batch, DataSection, Images, Splits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
     from snell_dist.engines import Engine
+    from snell_dist.evaluate import Measured
 
 
 class Task(Protocol):
@@ -36,8 +36,8 @@ class Task(Protocol):
         """Keeps parameters where the task wants them."""
         ...
 
-    def evaluate(self, engine: Engine, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """`accuracy` (a fraction of images), `loss` (nats): every image once."""
+    def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:
+        """Every image once."""
         ...
 
 

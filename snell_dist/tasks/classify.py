@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal
 from snell_dist import dist
 from snell_dist.anatomy import Backbone
 from snell_dist.backbones import BackboneSection
-from snell_dist.data import PADDING, Batch, Splits
+from snell_dist.data import PADDING, Batch, DataSection, Images, Splits
 from snell_dist.tasks import TaskSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
     from snell_dist.engines import Engine
+    from snell_dist.evaluate import Measured
 
 
 class Classify(TaskSection):
@@ -58,7 +58,7 @@ class Classification:
     def after_step(self, model: nn.Module) -> None:
         pass
 
-    def evaluate(self, engine: Engine, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:
         from snell_dist.evaluate import evaluate
 
-        return evaluate(engine, lambda batch: engine.forward(batch.images), dataset, self.classes, batch_size)
+        return evaluate(engine, lambda batch: engine.forward(batch.images), images, self.classes, data)

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Literal
 from snell_dist import dist
 from snell_dist.anatomy import Backbone
 from snell_dist.backbones import BackboneSection
-from snell_dist.data import PADDING, Batch, Splits
+from snell_dist.data import PADDING, Batch, DataSection, Images, Splits
 from snell_dist.tasks import TaskSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
     from snell_dist.engines import Engine
+    from snell_dist.evaluate import Measured
 
 LARGEST_SCALE = math.log(100)  # CLIP's bound on the logarithm of its scale
 
@@ -79,16 +79,16 @@ class Contrast:
         with torch.no_grad():
             model.get_parameter("logit_scale").clamp_(0, LARGEST_SCALE)
 
-    def evaluate(self, engine: Engine, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:
         from snell_dist.evaluate import evaluate
 
         directions = class_directions(engine, self.tokens)
 
         def logits(batch: Batch) -> Tensor:
-            images, _, scale, *_ = engine.forward(batch.images, None)
-            return scale * images @ directions.t()
+            features, _, scale, *_ = engine.forward(batch.images, None)
+            return scale * features @ directions.t()
 
-        return evaluate(engine, logits, dataset, len(self.tokens), batch_size)
+        return evaluate(engine, logits, images, len(self.tokens), data)
 
     def _captions(self, labels: Tensor) -> Tensor:
         """Tokens [B, L] of a caption for each label; padding gets any."""

@@ -16,7 +16,8 @@ from snell_dist import dist
 from snell_dist.backbones.clip import Clip
 from snell_dist.build import Built, build
 from snell_dist.config import check
-from snell_dist.data import PADDING, micro_batches
+from snell_dist.data import PADDING
+from snell_dist.feed import Feed
 from snell_dist.run_config import Run
 from snell_dist.tasks.contrastive import class_directions, pairwise
 
@@ -76,7 +77,7 @@ def one_step(given: Run, step: int = 0) -> tuple[Built, Tensor, dict[str, Tensor
     made = build(given, None, CPU)
     made.engine.model.train()
     dist.seed_everything(0, step)
-    loss = made.task.step(made.engine, micro_batches(made.splits.train, given.data, step, 0))
+    loss = made.task.step(made.engine, Feed(made.splits.train, given.data, 0, step, step + 1).step())
     parameters = dict(made.engine.model.named_parameters())
     return made, loss, {name: parameters[name].grad for name in made.trainable}
 
@@ -90,7 +91,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(micro: int, method:
     assert_close(same, loss)
     for name, gradient in whole.items():
         assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
-    (batch,) = micro_batches(made.splits.train, config().data, 0, 0)
+    (batch,) = Feed(made.splits.train, config().data, 0, 0, 1).step()
     captions = made.backbone.tokenized([f"the digit {made.splits.classes[i]}" for i in batch.labels.tolist()])
     images, texts, scale = made.engine.model(batch.images, captions)
     names = list(whole)
@@ -104,7 +105,7 @@ def test_a_short_last_batch_counts_its_images_only() -> None:
     """The epoch's last batch is padded to equal micro-batches."""
     given = config(data={"batch_size": 100, "micro_batch_size": 20})
     last = 2  # 267 images: 67 in the last step, 14 a micro-batch
-    batches = list(micro_batches(build(given, None, CPU).splits.train, given.data, last, 0))
+    batches = list(Feed(build(given, None, CPU).splits.train, given.data, 0, last, last + 1).step())
     assert any((batch.labels == PADDING).any() for batch in batches)
     _, loss, gradients = one_step(given, last)
     _, expected, others = one_step(config(data={"batch_size": 100}), last)
@@ -126,7 +127,7 @@ def test_the_second_forward_draws_the_same_dropout() -> None:
         return result
 
     made.engine.forward = watched
-    made.task.step(made.engine, micro_batches(made.splits.train, given.data, 0, 0))
+    made.task.step(made.engine, Feed(made.splits.train, given.data, 0, 0, 1).step())
     assert len(seen) == 6
     for first, second in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(first, second)
@@ -145,7 +146,8 @@ def test_the_scale_stays_within_clips_bounds() -> None:
 def test_zero_shot_accuracy_is_the_nearest_mean_caption() -> None:
     """Against open_clip's own classifier of templates and class names, and a count by hand."""
     templates = ["the digit {}", "a photo of a {}."]
-    made = build(config(backbone={"templates": templates}), None, CPU)
+    given = config(backbone={"templates": templates})
+    made = build(given, None, CPU)
     model: Any = made.engine.model.eval()
     said = [lambda name, template=template: template.format(name) for template in templates]
     with torch.no_grad():
@@ -156,4 +158,4 @@ def test_zero_shot_accuracy_is_the_nearest_mean_caption() -> None:
         images, labels = zip(*(made.splits.test[i] for i in range(len(made.splits.test))), strict=True)
         chosen = (model.encode_image(torch.stack(images), normalize=True) @ classifier).argmax(1)
     hits = (chosen == torch.tensor(labels)).float().mean().item()
-    assert made.task.evaluate(made.engine, made.splits.test, 16)["accuracy"] == pytest.approx(hits)
+    assert made.task.evaluate(made.engine, made.splits.test, given.data).metrics["accuracy"] == pytest.approx(hits)
