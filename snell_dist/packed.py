@@ -102,11 +102,16 @@ class _Product(torch.autograd.Function):
         return up[0] @ ctx.packing.dense(weight, up[0].dtype), None, None
 
 
-def _functional() -> Any:
+def bitsandbytes(key: str) -> Any:
+    """The library that the setting `key` asks for. ConfigError where it is missing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel on the hub, which is not used
     try:
-        from bitsandbytes import functional
+        import bitsandbytes as library
     except ImportError:
         message = "needs bitsandbytes, which is missing: pip install 'snell_dist[quantized]'"
-        raise ConfigError(Problem("precision.frozen", message)) from None
-    return functional
+        raise ConfigError(Problem(key, message)) from None
+    return library
+
+
+def _functional() -> Any:
+    return bitsandbytes("precision.frozen").functional
