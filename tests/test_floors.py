@@ -12,7 +12,7 @@ FLOORS = [
     ["log"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
-    ["backbones", "data", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
+    ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
     ["checkpoint", "feed", "run_folder"],
     ["evaluate", "selection"],
     ["tasks"],
