@@ -1,0 +1,90 @@
+"""Figures of a split: against scikit-learn and a loop by hand, and the same over any number of ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from snell_dist.data.digits import Digits
+from snell_dist.evaluate import Measured, evaluate
+
+CLASSES = 9
+
+
+class Table:
+    """Image i is its own row of logits."""
+
+    augments = False
+
+    def __init__(self, size: int) -> None:
+        draw = np.random.default_rng(size)
+        self.labels = draw.integers(CLASSES, size=size).tolist()
+        self.logits = torch.tensor(draw.normal(size=(size, CLASSES)) * 2, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.logits[index].view(CLASSES, 1, 1), self.labels[index]
+
+
+class Engine:
+    device = torch.device("cpu")
+    model = torch.nn.Identity()
+
+
+def measure(size: int, batch: int) -> Measured:
+    engine: Any = Engine()
+    data = Digits(name="digits", eval_batch_size=batch)
+    return evaluate(engine, lambda batch: batch.images.flatten(1), Table(size), CLASSES, data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(230, 16), (230, 230), (41, 7)])
+def test_figures_are_those_of_scikit_learn_and_of_a_loop(size: int, batch: int) -> None:
+    found, table = measure(size, batch), Table(size)
+    labels, logits = np.array(table.labels), table.logits.double()
+    probabilities = logits.softmax(1).numpy()
+    said, confidence = probabilities.argmax(1), probabilities.max(1)
+    right = said == labels
+    assert found.metrics["accuracy"] == pytest.approx(right.mean())
+    top5 = top_k_accuracy_score(labels, logits.numpy(), k=5, labels=range(CLASSES))
+    assert found.metrics["accuracy_top5"] == pytest.approx(top5)
+    assert found.metrics["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, said))
+    assert found.metrics["loss"] == pytest.approx(-np.log(probabilities[range(size), labels]).mean(), rel=1e-5)
+    gaps = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        if inside.any():
+            gaps += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert found.metrics["calibration_error"] == pytest.approx(gaps, abs=1e-5)
+    assert found.label.tolist() == table.labels, "in the split's order"
+    assert found.predicted.tolist() == said.tolist()
+    np.testing.assert_allclose(found.confidence.numpy(), confidence, rtol=1e-5)
+
+
+def test_any_number_of_ranks_gives_the_same_figures(tmp_path: Path) -> None:
+    """230 images in batches of 16: the last batch of two and of three ranks is short, and on some rank empty."""
+    alone = measure(230, 16)
+    script = (
+        "import sys, json, torch.distributed as d; sys.path.insert(0, 'tests'); d.init_process_group('gloo')\n"
+        "from test_evaluate import measure; m = measure(230, 16)\n"
+        "name = f'{sys.argv[1]}/{d.get_world_size()}.{d.get_rank()}'\n"
+        "json.dump([m.metrics, m.predicted.tolist()], open(name, 'w'))\n"
+        "d.destroy_process_group()"
+    )
+    for ranks in (2, 3):
+        command = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
+        done = subprocess.run(
+            [sys.executable, *command, sys.executable, "-c", script, tmp_path],
+            capture_output=True, text=True, timeout=200, check=False, cwd=ROOT, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = [json.loads((tmp_path / f"{ranks}.{rank}").read_text()) for rank in range(ranks)]
+        assert found == [[alone.metrics, alone.predicted.tolist()]] * ranks
