@@ -36,12 +36,13 @@ class Outcome:
 
 def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
     """Trains in a run folder, from its newest checkpoint if it has one, to the end or to a request to stop."""
+    selection = Selection(config, folder, built)
     start, state = checkpoint.newest(folder)
     if start:
         built.engine.load_state(state)
+        selection.load_state(state)
         log.info(f"resumed after step {start} of {built.steps}")
     timer, summary = StepTimer(device), dict[str, Any]()
-    selection = Selection(config.protocol, folder, built.steps)
     with ExitStack() as stack:
         stop = stack.enter_context(dist.StopRequest().listening())
         observers = _observers(config, folder, built, start)
@@ -50,7 +51,7 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
         done = loop(config, folder, built, start, selection, observers, timer, stop)
     if done < built.steps:
         return Outcome(folder, interrupted=True, summary=summary)
-    selection.restore(built.engine)
+    selection.restore()
     test = built.task.evaluate(built.engine, built.splits.test, config.data)
     val = None if built.splits.val_trains else built.task.evaluate(built.engine, built.splits.val, config.data)
     summary |= results.summary(config, built, test, val, selection.step, timer.drain())
@@ -85,6 +86,7 @@ def loop(
         task.after_step(engine.model)
         config.method.after_step(engine.model, Place(step, built.steps, epoch))
         engine.clear()
+        selection.after_step()
         timer.stop()
 
         # what is said, looked at, saved
@@ -96,25 +98,15 @@ def loop(
             metrics["process_mib"] = process_mib(engine.device)
             check_finite(metrics["loss"], step)
         if cfg.looks(done, epoch):
-            metrics |= look(config, built, selection, done)
+            metrics |= selection.look(done)
         for observer in observers:
             observer.on_step(Moment(step, metrics))
         stopping = stop.agreed(engine.device)
         if last or stopping or done % cfg.save_every == 0:
-            checkpoint.save(folder, engine.state(), done, cfg.keep)
+            checkpoint.save(folder, engine.state() | selection.state(), done, cfg.keep)
         if stopping:
             break
     return done
-
-
-def look(config: Run, built: Built, selection: Selection, done: int) -> dict[str, float]:
-    """Measures the weights on the images that the protocol chooses by; empty where those were trained on."""
-    where = config.protocol.looks_at
-    found: dict[str, float] = {}
-    if where == "test" or not built.splits.val_trains:
-        found = built.task.evaluate(built.engine, getattr(built.splits, where), config.data).metrics
-    selection.consider(built.engine, done, found.get("accuracy", 0.0))
-    return {f"{where}_{name}": value for name, value in found.items()}
 
 
 def pace(seconds: list[float], waited_s: float, batch_size: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Which weights a run reports: best on val, last, or best on test as released; and what it says of that."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,15 @@ def test_the_best_look_is_reported(select: str, split: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("select", "kept"), [("val", 4), ("paper_compat", 4), ("last", 8)])
 def test_the_earliest_of_the_best_looks_stays(select: str, kept: int, tmp_path: Path) -> None:
     """Also over a break between the looks, which a new process begins."""
-    config = load("demo", [*TINY, "method.rank=4", f"protocol.select={select}"], Run).config
-    engine = build(config, None, torch.device("cpu")).engine
-    weight = engine.model.get_parameter("head.weight")
+    config = load("demo", [*TINY, "method.rank=4", "train.steps=8", f"protocol.select={select}"], Run).config
+    built = build(config, None, torch.device("cpu"))
+    weight = built.engine.model.get_parameter("head.weight")
     for done, accuracy in ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.25)):
         with torch.no_grad():
             weight.fill_(done)
-        Selection(config.protocol, tmp_path, 8).consider(engine, done, accuracy)
-    selection = Selection(config.protocol, tmp_path, 8)
-    selection.restore(engine)
+        Selection(config, tmp_path, built).consider(done, accuracy)
+    selection = Selection(config, tmp_path, built)
+    selection.restore()
     assert selection.step == kept
     assert (weight == kept).all()
 
@@ -72,8 +73,6 @@ def test_last_reports_the_last_weights(tmp_path: Path) -> None:
 
 def test_a_resumed_run_selects_as_the_uninterrupted_one(tmp_path: Path) -> None:
     """The best look may lie before the break, and the newest checkpoint after it."""
-    import shutil
-
     whole = train(tmp_path / "whole", *LOOKS)
     assert whole.folder is not None
     for kept in (8, 16):  # as a kill would have left it
@@ -86,6 +85,31 @@ def test_a_resumed_run_selects_as_the_uninterrupted_one(tmp_path: Path) -> None:
         again = train(tmp_path, *LOOKS, folder=parts, resume=True)
         assert again.summary["protocol"] == whole.summary["protocol"]
         assert again.summary["test_accuracy"] == whole.summary["test_accuracy"]
+
+
+def test_the_moving_average_is_looked_at_and_reported(tmp_path: Path) -> None:
+    """Against the average by hand of the weights after each step, which runs of every length leave."""
+    said = ["method.name=linear", "optim.schedule=constant", "optim.lr=0.1", "protocol.select=last"]
+    decay, steps = 0.5, 4
+    after = [trained(train(tmp_path, *said, f"train.steps={n}").folder) for n in range(1, steps + 1)]
+    config = load("demo", [*TINY, *said], Run).config
+    expected = {
+        name: t.clone() for name, t in build(config, None, torch.device("cpu")).engine.model.state_dict().items()
+    }
+    for weights in after:
+        for name, tensor in weights.items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor
+    averaged = ["optim.ema_decay=0.5", f"train.steps={steps}", "train.save_every=1"]
+    outcome = train(tmp_path, *said, *averaged)
+    for name, tensor in trained(outcome.folder).items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert outcome.folder is not None
+    (outcome.folder / "summary.json").unlink()
+    (outcome.folder / "best.safetensors").unlink()
+    shutil.rmtree(outcome.folder / f"checkpoints/step_{steps:08d}")
+    again = train(tmp_path, *said, *averaged, folder=outcome.folder, resume=True)
+    for name, tensor in trained(again.folder).items():
+        torch.testing.assert_close(tensor, expected[name])
 
 
 def test_looks_are_where_they_were_asked_for() -> None:
