@@ -1,4 +1,4 @@
-"""What SNELL and SNELLA share: factors merged by a kernel, the layer's product, and its merged weight."""
+"""What the kernel methods share: factors merged by a kernel, the layer's product, and its merged weight."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ class KernelMethod(LinearMethod):
     rank: int = Field(
         8, ge=1, description="columns of each factor; even for the distance kernels, which have two halves"
     )
-    sparsity: float
-    sparsify: Literal["released", "paper", "hard"] = Field(
-        "released", description="what survivors become: w|w| (released code), equation 5's soft threshold, or w"
-    )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the delta's input (released code: 0.1; two more products)")
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="of whole samples, on the delta's output (released code: 0.1)"
@@ -41,9 +37,9 @@ class KernelMethod(LinearMethod):
             raise ValueError(f"must be even, since the distance kernel has two halves; nearest: {max(2, rank - 1)}")
         return rank
 
-    def sparsity_of(self, layer: AdaptedLinear) -> float | Sequence[float]:
-        """One for all row groups, or one for each."""
-        return self.sparsity
+    def sparse(self, layer: AdaptedLinear) -> dict[str, Any]:
+        """What the operator keeps of a layer's merged matrix: its arguments `sparsity` and `sparsify`."""
+        raise NotImplementedError
 
     def factors(self, linear: nn.Linear, groups: int) -> dict[str, Tensor]:
         import torch
@@ -92,9 +88,22 @@ class KernelMethod(LinearMethod):
         return {
             "a": layer.a,
             "b": layer.b,
-            "sparsity": self.sparsity_of(layer),
-            "sparsify": self.sparsify,
+            **self.sparse(layer),
             "kernel": self.kernel,
             "groups": layer.groups,
             "kernel_params": {name: layer.get_parameter(name) for name in scalars},
         }
+
+
+class SparseKernelMethod(KernelMethod):
+    sparsity: float
+    sparsify: Literal["released", "paper", "hard"] = Field(
+        "released", description="what survivors become: w|w| (released code), equation 5's soft threshold, or w"
+    )
+
+    def sparsity_of(self, layer: AdaptedLinear) -> float | Sequence[float]:
+        """One for all row groups, or one for each."""
+        return self.sparsity
+
+    def sparse(self, layer: AdaptedLinear) -> dict[str, Any]:
+        return {"sparsity": self.sparsity_of(layer), "sparsify": self.sparsify}

@@ -18,10 +18,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from snell_dist.methods._kernel import KernelMethod
+from snell_dist.methods._kernel import SparseKernelMethod
 
 
-class Snell(KernelMethod):
+class Snell(SparseKernelMethod):
     name: Literal["snell"]
     about: ClassVar[str] = "SNELL: kernelized LoRA, its largest entries kept"
     kernel: Literal["distance", "linear", "sigmoid", "rbf"] = Field("distance", description="table A6 of the paper")

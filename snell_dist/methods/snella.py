@@ -20,7 +20,7 @@ from pydantic import Field
 
 from snell_dist.config import Section
 from snell_dist.methods import Place, adapted_layers
-from snell_dist.methods._kernel import KernelMethod
+from snell_dist.methods._kernel import SparseKernelMethod
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Allocator(Section):
     metric: Literal["sensitivity", "magnitude"] = "sensitivity"
 
 
-class Snella(KernelMethod):
+class Snella(SparseKernelMethod):
     name: Literal["snella"]
     about: ClassVar[str] = "SNELLA: SNELL with a mixed kernel and learned sparsities"
     kernel: Literal["snella"] = "snella"

@@ -39,7 +39,7 @@ class Plan:
 
     def dense(self, sparsity: float) -> bool:
         """Sparsity 0 is the dense kernel, neither squared nor thresholded, but for SNELLA (released code)."""
-        return sparsity == 0 and bool(kernels.find(self.kernel).DENSE_AT_ZERO)
+        return self.sparsify == "dense" or (sparsity == 0 and bool(kernels.find(self.kernel).DENSE_AT_ZERO))
 
     @property
     def all_dense(self) -> bool:

@@ -215,6 +215,8 @@ def make_plan(
     for s in each:
         if not 0 <= s < 1:  # also refuses NaN
             raise ValueError(f"sparsity must lie in [0, 1), the fraction of delta that is zero; got {s!r}")
+        if s and sparsify == "dense":
+            raise ValueError(f"sparsity must be 0 with sparsify='dense', which keeps every entry; got {s!r}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes must be a positive number of bytes or None; got {workspace_bytes!r}")
     return Plan(kernel, sparsify, groups, scope, tuple(float(s) for s in each), dropout, workspace_bytes or 0)

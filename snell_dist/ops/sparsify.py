@@ -3,6 +3,7 @@
     released   factor = m where m > t            values K|K|, as in the paper's code
     paper      factor = max(m - t, 0)            equation 5, soft threshold
     hard       factor = 1 where m > t            keeps the value
+    dense      factor = 1                        no threshold, of any kernel; asks for sparsity 0
 Strict: an element equal to the threshold is removed. A NaN element stays NaN.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SPARSIFY = ("released", "paper", "hard")
+SPARSIFY = ("released", "paper", "hard", "dense")
 
 
 def factor(magnitude: Tensor, threshold: Tensor, sparsify: str) -> Tensor:

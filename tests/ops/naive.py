@@ -67,7 +67,7 @@ def layer(
     rank, rows = b.shape[1], len(b) // groups
     parts = [(a[:, i * rank : (i + 1) * rank], b[i * rows : (i + 1) * rows]) for i in range(groups)]
     ks = [merged(name, *part, p) for part in parts]
-    dense = s == 0 and name != "snella"
+    dense = sparsify == "dense" or (s == 0 and name != "snella")
     whole = np.abs(np.concatenate(ks))
     fs = []
     for k in ks:

@@ -17,12 +17,13 @@ SCALARS = {"alpha": 0.7, "beta": 0.9, "gamma": 1.3}
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
+    sparsify = draw(st.sampled_from(["released", "paper", "hard", "dense"]))
     return {
         "kernel": draw(st.sampled_from(KERNELS)),
-        "sparsify": draw(st.sampled_from(["released", "paper", "hard"])),
+        "sparsify": sparsify,
         "groups": draw(st.sampled_from([1, 2, 3])),
         "scope": draw(st.sampled_from(["group", "matrix"])),
-        "s": draw(st.sampled_from([0.0, 0.1, 0.5, 0.77, 0.99])),
+        "s": 0.0 if sparsify == "dense" else draw(st.sampled_from([0.0, 0.1, 0.5, 0.77, 0.99])),
         "rank": 2 * draw(st.integers(1, 5)),
         "rows": draw(st.integers(1, 40)),
         "cols": draw(st.integers(1, 40)),

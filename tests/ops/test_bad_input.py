@@ -37,6 +37,7 @@ GOOD: dict[str, Any] = {
         ({"sparsity": 1.0}, "sparsity must lie in [0, 1), the fraction of delta that is zero; got 1.0"),
         ({"sparsity": -0.1}, "got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),
+        ({"sparsify": "dense"}, "sparsity must be 0 with sparsify='dense', which keeps every entry; got 0.5"),
         ({"sparsity": (0.1, 0.2)}, "sparsity must be one number or 3 for sparsity_scope='group'; got 2"),
         ({"sparsity": "0.5"}, "sparsity must be a number or a sequence of numbers; got '0.5'"),
         ({"groups": 0}, "groups must be a positive integer; got 0"),
