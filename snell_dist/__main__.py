@@ -2,6 +2,7 @@
 
 import sys
 
+from snell_dist import dist
 from snell_dist.cli import main
 
-sys.exit(main())
+dist.leave(main()) if dist.world_size() > 1 else sys.exit(main())
