@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from snell_dist import dist, log, run_folder
+from snell_dist import dist, log, run_folder, trackers
 from snell_dist.audit import audit
 from snell_dist.build import build
 from snell_dist.checkpoint import ADAPTER, load_adapter
@@ -53,6 +53,7 @@ def _run(
     loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
 ) -> Outcome:
     config = loaded.config
+    trackers.check(config.train.track)
     place = run_folder.choose(out, loaded.name, config, resume, folder) if dist.rank() == 0 else None
     place = dist.broadcast_object(place)
     if place is not None and run_folder.is_complete(place):

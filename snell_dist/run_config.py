@@ -31,6 +31,9 @@ class Train(Section):
     eval_last_epochs: int = Field(0, ge=0, description="a look after each of so many last epochs, besides")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    track: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="trackers that follow the run (extra trackers)"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

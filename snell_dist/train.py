@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from snell_dist import checkpoint, dist, log, optim, results, run_folder
+from snell_dist import checkpoint, dist, log, mistakes, optim, results, run_folder, trackers
 from snell_dist.build import Built
 from snell_dist.config import UserError
 from snell_dist.evaluate import Measured
@@ -20,6 +20,7 @@ from snell_dist.methods import Place
 from snell_dist.observe import Moment, Observer, StepTimer
 from snell_dist.run_config import Run
 from snell_dist.selection import Selection
+from snell_dist.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
         for observer in observers:
             stack.callback(observer.on_end, summary)
         done = loop(config, folder, built, start, selection, observers, timer, stop)
-    if done < built.steps:
-        return Outcome(folder, interrupted=True, summary=summary)
-    selection.restore()
-    test = built.task.evaluate(built.engine, built.splits.test, config.data)
-    val = None if built.splits.val_trains else built.task.evaluate(built.engine, built.splits.val, config.data)
-    summary |= results.summary(config, built, test, val, selection.step, timer.drain())
+        if done < built.steps:
+            return Outcome(folder, interrupted=True, summary=summary)
+        selection.restore()
+        test = built.task.evaluate(built.engine, built.splits.test, config.data)
+        val = None if built.splits.val_trains else built.task.evaluate(built.engine, built.splits.val, config.data)
+        summary |= results.summary(config, built, test, val, selection.step, timer.drain())
     _finish(config, folder, built, test, summary)
     return Outcome(folder, interrupted=False, summary=summary)
 
@@ -71,6 +72,7 @@ def loop(
 ) -> int:
     """The training steps from `start` on. Returns the number of steps done."""
     cfg, engine, task, epoch = config.train, built.engine, built.task, built.steps_per_epoch
+    telemetry = Telemetry(engine.device)
     feed = Feed(built.splits.train, config.data, cfg.seed, start, built.steps)
     engine.model.train()
     done = start
@@ -95,7 +97,7 @@ def loop(
         if done % cfg.log_every == 0 or last:
             metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
             metrics |= pace(timer.drain()[-cfg.log_every :], feed.waited_s(), config.data.batch_size)
-            metrics["process_mib"] = process_mib(engine.device)
+            metrics |= {"process_mib": process_mib(engine.device), **telemetry.read()}
             check_finite(metrics["loss"], step)
         if cfg.looks(done, epoch):
             metrics |= selection.look(done)
@@ -142,6 +144,7 @@ def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Obse
     observers: list[Observer] = [PeakMemory(built.engine, start)]
     if dist.rank() == 0:
         observers += [log.MetricsFile(folder / "metrics.jsonl", start), log.Progress(start, built.steps)]
+        observers += trackers.make(config.train.track, folder, config.model_dump())
     return observers
 
 
@@ -152,5 +155,6 @@ def _finish(config: Run, folder: Path, built: Built, test: Measured, summary: di
         checkpoint.save_adapter(file, built.engine.model, built.saved, belongs)
         said = {"label": test.label, "predicted": test.predicted, "confidence": test.confidence}
         checkpoint.write_tensors(folder / "test_predictions.safetensors", said, {})
+        mistakes.save(folder, built.splits.test, test, classes)
         run_folder.write_summary(folder, summary)
     dist.barrier()

@@ -8,13 +8,15 @@ import snell_dist
 ROOT = Path(snell_dist.__file__).parent
 FLOORS = [
     ["config"],
-    ["dist", "observe"],
+    ["dist", "observe", "telemetry"],
     ["log"],
+    ["trackers"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
     ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
     ["checkpoint", "feed", "run_folder"],
     ["evaluate"],
+    ["mistakes"],
     ["tasks"],
     ["run_config"],
     ["build"],
