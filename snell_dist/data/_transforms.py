@@ -1,0 +1,46 @@
+"""From a picture to what the model takes: resize, crop, normalise; for training, augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    Transform = Callable[[Image.Image], Tensor]
+
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # the released code's, for every checkpoint
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # what the supervised ViTs were pretrained with
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+AUGMENTATION = "crops of 8-100 % at ratios of 3/4-4/3, bicubic; mirrored; colours shaken by 0.4"
+SHORTER = 256 / 224  # of the crop's side: what a picture's shorter side becomes
+
+
+def squeeze(size: int, normalisation: str) -> Transform:
+    """The whole picture at size x size pixels, bicubic, whatever its shape: VTAB-1k."""
+    from torchvision import transforms as T
+
+    resize = T.Resize((size, size), interpolation=T.InterpolationMode.BICUBIC)
+    return T.Compose([resize, T.ToTensor(), T.Normalize(*NORMALISATIONS[normalisation])])
+
+
+def centre(size: int, normalisation: str) -> Transform:
+    """The shorter side at 256/224 of size, bilinear, then the centre: FGVC's evaluation."""
+    from torchvision import transforms as T
+
+    resize = T.Resize(int(SHORTER * size), interpolation=T.InterpolationMode.BILINEAR)
+    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(*NORMALISATIONS[normalisation])])
+
+
+def augmented(size: int, normalisation: str) -> Transform:
+    """A random part of 8 to 100 % at a ratio of 3/4 to 4/3, bicubic, mirrored or not, its colours shaken: FGVC."""
+    from torchvision import transforms as T
+
+    crop = T.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC)
+    colours = T.ColorJitter(0.4, 0.4, 0.4)
+    normalise = T.Normalize(*NORMALISATIONS[normalisation])
+    return T.Compose([crop, T.RandomHorizontalFlip(), colours, T.ToTensor(), normalise])
