@@ -77,7 +77,7 @@ def test_any_number_of_ranks_gives_the_same_figures(tmp_path: Path) -> None:
         "from test_evaluate import measure; m = measure(230, 16)\n"
         "name = f'{sys.argv[1]}/{d.get_world_size()}.{d.get_rank()}'\n"
         "json.dump([m.metrics, m.predicted.tolist()], open(name, 'w'))\n"
-        "d.destroy_process_group()"
+        "d.barrier(); d.destroy_process_group(); from snell_dist import dist; dist.leave(0)"
     )
     for ranks in (2, 3):
         command = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
