@@ -133,7 +133,7 @@ def locate(source: str, beside: Path | None = None) -> Path:
     said = f"{beside}: include" if beside else "config"
     raise UserError(
         f"{said} = {source!r}: no such YAML file and no shipped configuration{nearest(source, shipped())}"
-        f" (shipped: {', '.join(shipped())})"
+        " (snell config ls shows them)"
     )
 
 

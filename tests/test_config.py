@@ -123,11 +123,12 @@ def test_line_one_of_every_shipped_file_is_its_command(name: str) -> None:
     from snell_dist.config import CONFIGS
 
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
-    assert lines[0] == f"# snell train {name}"
+    command = lines[0].removesuffix(" data.dataset=NAME").removesuffix(" data.root=DIR")  # which only the user knows
+    assert command == f"# snell train {name}"
     assert lines[1].startswith("# ")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [name for name in shipped() if not name.startswith(("vtab/", "fgvc/"))])
 def test_every_shipped_configuration_trains_a_step(name: str, tmp_path: Path) -> None:
     from snell_dist.job import run
 
