@@ -48,6 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    args.arguments = list(arguments if arguments is not None else sys.argv[1:])[1:]  # after the command
     return args
 
 
@@ -75,6 +76,23 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--split", choices=["val", "test"], default="test", help="which images (default: test)")
     measure.add_argument("--out", type=Path, default=Path("runs"), help="where bases are trained (default: runs)")
     measure.set_defaults(command=_eval)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="a benchmark's methods, tasks and seeds, and the table beside the paper's",
+        description="Runs or resumes a benchmark's matrix of methods, tasks and seeds, and prints its table.",
+    )
+    reproduce.add_argument("benchmark", help="vtab, fgvc or mini")
+    reproduce.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as train.epochs=10")
+    reproduce.add_argument("--data", metavar="DIR", help="where the data is (default: as the benchmark says)")
+    reproduce.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="default: all")
+    reproduce.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all")
+    reproduce.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    reproduce.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+    reproduce.add_argument("--share", metavar="I/N", help="every N-th run; a Slurm job array does this by itself")
+    reproduce.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once, each with its GPU")
+    reproduce.add_argument("--table", action="store_true", help="only print the table of what is done")
+    reproduce.set_defaults(command=_reproduce)
 
     backbones = commands.add_parser("backbones", help="the models that can be named, and what is in one")
     verbs = backbones.add_subparsers(required=True, metavar="ls|show")
@@ -151,6 +169,43 @@ def _eval(args: argparse.Namespace) -> int:
         what = str(folder) if folder else f"the base of {args.config}"
         print(f"{args.split} accuracy {found['accuracy']:.4f} loss {found['loss']:.4f}  {what}")
     return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from snell_dist import log, reproduce
+
+    share = _share(args.share) or reproduce.share_of_array() or (1, 1)
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError(f"reproduce: --seeds {args.seeds} --jobs {args.jobs}: both must be at least 1")
+    wish = reproduce.Wish(
+        args.benchmark, args.data, args.tasks, args.methods, args.seeds, args.out, args.overrides, share
+    )
+    log.set_up()
+    interrupted, status = False, 0
+    if args.table:
+        matrix = reproduce.plan(wish)
+    elif args.jobs > 1:
+        matrix = reproduce.plan(wish)
+        reproduce.check(matrix)
+        status = reproduce.spawn(args.arguments, args.jobs)
+        interrupted = status == INTERRUPTED
+    else:
+        matrix, interrupted = reproduce.run(wish)
+    table = matrix.table()
+    print(table.markdown(), end="")
+    if interrupted:
+        log.info(f"interrupted and saved; continue with: {shlex.join(['snell', 'reproduce', *args.arguments])}")
+        return INTERRUPTED
+    return max(status, BAD_INPUT if any(result.failed for result in table.results) else 0)
+
+
+def _share(said: str | None) -> tuple[int, int] | None:
+    if said is None:
+        return None
+    first, _, step = said.partition("/")
+    if not (first.isdigit() and step.isdigit() and 1 <= int(first) <= int(step)):
+        raise UserError(f"--share {said}: expected I/N with I from 1 to N, such as 2/8")
+    return int(first), int(step)
 
 
 def _backbones_ls(args: argparse.Namespace) -> int:

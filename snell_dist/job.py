@@ -91,13 +91,14 @@ def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...
     base = load(name, [], Run)
     if base.name in above:
         raise UserError(f"backbone.weights = 'config:{name}': the configurations start from each other in a circle")
-    place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
-    place = dist.broadcast_object(place)
-    if place is None or not run_folder.is_complete(place):
-        log.info(f"the base {name} is not trained yet: training it first")
-        outcome = _run(base, out, place is not None, place, device, above)
-        if outcome.interrupted:
-            raise Interrupted("interrupted in the training of the base; the same command goes on")
-        place = outcome.folder
+    with run_folder.lock(out / base.name, wait=True):  # runs that start together share one base
+        place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
+        place = dist.broadcast_object(place)
+        if place is None or not run_folder.is_complete(place):
+            log.info(f"the base {name} is not trained yet: training it first")
+            outcome = _run(base, out, place is not None, place, device, above)
+            if outcome.interrupted:
+                raise Interrupted("interrupted in the training of the base; the same command goes on")
+            place = outcome.folder
     assert place is not None
     return str(place / ADAPTER)

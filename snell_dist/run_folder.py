@@ -42,7 +42,7 @@ def choose(out: Path, name: str, config: Section, resume: bool, folder: Path | N
         if resume and found is None:
             raise UserError(f"--resume: {out / name} has no run of this configuration; start one without --resume")
         return found
-    if not folder.exists():
+    if not _begun(folder):
         if resume:
             raise UserError(f"--resume: {folder}: no such run folder")
         return None
@@ -69,11 +69,16 @@ def create(out: Path, name: str, config: Section, folder: Path | None = None) ->
         if folder is None:
             folder = _number(parent)
         else:
-            folder.mkdir()
+            folder.mkdir(exist_ok=not _begun(folder))
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     except OSError as error:
         raise UserError(f"{folder or parent}: cannot make a run folder there: {error.strerror}") from None
     return folder
+
+
+def _begun(folder: Path) -> bool:
+    """Whether anything is there; a run that was killed before its first word left nothing to lose."""
+    return folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir()))
 
 
 def _number(parent: Path) -> Path:
@@ -87,19 +92,27 @@ def _number(parent: Path) -> Path:
             continue
 
 
+class Busy(UserError):
+    """Another process is at work there."""
+
+
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run; the lock ends with the process, however it ends."""
+def lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out; the lock ends with the process, however it ends.
+
+    Raises Busy where another process has it; with `wait`, waits for its end.
+    """
     import fcntl
 
     if dist.rank() != 0:
         yield
         return
-    with (folder / ".lock").open("w") as stream:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is training there") from None
+            raise Busy(f"{folder}: another process is training there") from None
         yield
 
 

@@ -8,7 +8,7 @@ import snell_dist
 ROOT = Path(snell_dist.__file__).parent
 FLOORS = [
     ["config"],
-    ["dist", "observe", "telemetry"],
+    ["benchmarks", "dist", "observe", "telemetry"],
     ["log"],
     ["trackers"],
     ["anatomy", "ops", "packed", "weights"],
@@ -23,7 +23,8 @@ FLOORS = [
     ["audit", "describe"],
     ["results", "selection"],
     ["train"],
-    ["job"],
+    ["job", "table"],
+    ["reproduce"],
     ["cli"],
     ["__main__"],
 ]

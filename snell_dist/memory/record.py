@@ -28,6 +28,8 @@ class PeakMemory:
         self._profiler: Any = None
         self._held = 0
         self.peak_mib: float | None = None
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)  # a process may train several runs
 
     def on_step(self, moment: Moment) -> None:
         kind = self._engine.device.type
