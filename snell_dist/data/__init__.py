@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import Field
@@ -46,6 +47,20 @@ class Images(Protocol):
     def name(self, index: int) -> str:
         """What it is called in its source; no two of a split have the same."""
         ...
+
+    def file(self, index: int) -> Path | None:
+        """The file that holds it and nothing else, where there is one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """From a picture to what the model takes [C, H, W]; and in words: resize, normalisation, augmentation."""
+
+    training: Callable[[Image.Image], Tensor]
+    evaluation: Callable[[Image.Image], Tensor]
+    augments: bool  # training draws random numbers
+    about: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,10 @@ class DataSection(Section):
 
         `all_labelled`: where the benchmark's own protocol does so (VTAB-1k), val's images train as well.
         """
+        raise NotImplementedError
+
+    def transforms(self) -> Transforms:
+        """What stands between the source's pictures and the model, without a look at the source."""
         raise NotImplementedError
 
     def accumulation(self) -> int:

@@ -5,12 +5,14 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from snell_dist.data import DataSection, Splits
+from snell_dist.data import DataSection, Splits, Transforms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +46,7 @@ class Digits(DataSection):
 
         inks, targets = load_digits(return_X_y=True)
         inks = inks.reshape(-1, 8, 8)
-        images = torch.tensor(inks, dtype=torch.float32).unsqueeze(1) / 8 - 1  # 0..16 to -1..1
+        images = _scaled(torch.tensor(inks), self.image_size, self.channels)
         parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
         for label, digit in enumerate(self.classes):
             members = np.random.default_rng([1998, digit]).permutation(np.flatnonzero(targets == digit))
@@ -52,9 +54,6 @@ class Digits(DataSection):
             parts["val"] += [(i, label) for i in members[:val]]
             parts["test"] += [(i, label) for i in members[val : val + test]]
             parts["train"] += [(i, label) for i in members[val + test :]]
-        if self.image_size > 8:
-            images = torch.nn.functional.interpolate(images, size=(self.image_size,) * 2, mode="bilinear")
-        images = images.expand(-1, self.channels, -1, -1)
         return Splits(
             train=_part(images, inks, parts["train"]),
             val=_part(images, inks, parts["val"]),
@@ -64,10 +63,17 @@ class Digits(DataSection):
             about={
                 "dataset": f"digits {self.classes}",
                 "split": "50 % train, 20 % val, 30 % test of each class",
-                "resize": f"bilinear to {self.image_size}" if self.image_size > 8 else "none",
-                "normalisation": "0..16 to -1..1",
+                **self.transforms().about,
             },
         )
+
+    def transforms(self) -> Transforms:
+        pixels = functools.partial(_pixels, size=self.image_size, channels=self.channels)
+        about = {
+            "resize": f"bilinear to {self.image_size}" if self.image_size > 8 else "none",
+            "normalisation": "0..16 to -1..1",
+        }
+        return Transforms(training=pixels, evaluation=pixels, augments=False, about=about)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,25 @@ class _InMemory:
 
     def name(self, index: int) -> str:
         return f"digit_{self.numbers[index]:04d}"
+
+    def file(self, index: int) -> Path | None:
+        return None
+
+
+def _scaled(inks: Tensor, size: int, channels: int) -> Tensor:
+    """Ink 0..16 [N, 8, 8] to -1..1 [N, channels, size, size]."""
+    from torch.nn.functional import interpolate
+
+    images = inks.float().unsqueeze(1) / 8 - 1
+    if size > 8:
+        images = interpolate(images, size=(size, size), mode="bilinear")
+    return images.expand(-1, channels, -1, -1)
+
+
+def _pixels(picture: Image.Image, size: int, channels: int) -> Tensor:
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return _scaled(pil_to_tensor(picture.convert("L")) / 15, size, channels)[0]
 
 
 def _part(images: Tensor, inks: np.ndarray, members: list[tuple[int, int]]) -> _InMemory:

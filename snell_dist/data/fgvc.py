@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.config import UserError
-from snell_dist.data import Splits
+from snell_dist.data import Splits, Transforms
 from snell_dist.data._benchmark import BenchmarkSection
 
 # dataset: (classes, train, val, test images), of VPT's files
@@ -58,28 +58,36 @@ class Fgvc(BenchmarkSection):
     augment: bool = Field(True, description="training: random crops, mirrored, colours shaken; else as in evaluation")
 
     def load(self, all_labelled: bool) -> Splits:
-        from snell_dist.data import _files, _transforms
+        from snell_dist.data import _files
 
         folder = self.folder()
         names = self.class_names(folder)
         images, lists = self.lists(folder, len(names))
-        plain = _transforms.centre(self.image_size, self.normalisation)
-        training = _transforms.augmented(self.image_size, self.normalisation) if self.augment else plain
-        shorter = int(_transforms.SHORTER * self.image_size)
+        transforms = self.transforms()
         return Splits(
-            train=_files.Files(images, *lists["train"], training, self.augment),
-            val=_files.Files(images, *lists["val"], plain),
-            test=_files.Files(images, *lists["test"], plain),
+            train=_files.Files(images, *lists["train"], transforms.training, transforms.augments),
+            val=_files.Files(images, *lists["val"], transforms.evaluation),
+            test=_files.Files(images, *lists["test"], transforms.evaluation),
             classes=names,
             image_shape=(3, self.image_size, self.image_size),
             about={
                 "dataset": f"FGVC {self.dataset}",
                 "split": "train, val and test of VPT",
-                "resize": f"shorter side to {shorter}, bilinear; centre {self.image_size} x {self.image_size}",
-                "normalisation": self.normalisation,
-                "augmentation": _transforms.AUGMENTATION if self.augment else "none",
+                **transforms.about,
             },
         )
+
+    def transforms(self) -> Transforms:
+        from snell_dist.data import _transforms
+
+        size, plain = self.image_size, _transforms.centre(self.image_size, self.normalisation)
+        about = {
+            "resize": f"shorter side to {int(_transforms.SHORTER * size)}, bilinear; centre {size} x {size}",
+            "normalisation": self.normalisation,
+            "augmentation": _transforms.AUGMENTATION if self.augment else "none",
+        }
+        training = _transforms.augmented(size, self.normalisation) if self.augment else plain
+        return Transforms(training, plain, self.augment, about)
 
     def lists(self, folder: Path, count: int) -> tuple[Path, dict[str, tuple[list[str], list[int]]]]:
         """Where the images are, and names and labels of each split. UserError where a file is missing or wrong."""

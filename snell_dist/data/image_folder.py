@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from snell_dist.config import ConfigError, Problem, UserError, first_line
-from snell_dist.data import DataSection, Splits
+from snell_dist.data import DataSection, Splits, Transforms
 
 HELD_OUT = 0.1
 
@@ -31,7 +31,7 @@ class ImageFolder(DataSection):
     augment: bool = Field(True, description="training: random crops, mirrored, colours shaken; else as in evaluation")
 
     def load(self, all_labelled: bool) -> Splits:
-        from snell_dist.data import _files, _transforms
+        from snell_dist.data import _files
 
         root = Path(self.root)
         listed = {split: _listed(root / split) for split in ("train", "val", "test") if (root / split).is_dir()}
@@ -46,14 +46,14 @@ class ImageFolder(DataSection):
                 raise UserError(f"{root / split / foreign[0]}: train has no class of this name")
         if "val" not in listed:
             listed["train"], listed["val"] = _held_out(listed["train"])
-        plain = getattr(_transforms, self.resize)(self.image_size, self.normalisation)
-        training = _transforms.augmented(self.image_size, self.normalisation) if self.augment else plain
+        transforms = self.transforms()
         number = {name: i for i, name in enumerate(classes)}
 
         def files(split: str) -> _files.Files:
             names, labels = [file for _, file in listed[split]], [number[name] for name, _ in listed[split]]
-            trains = split == "train"
-            return _files.Files(root, names, labels, training if trains else plain, self.augment and trains)
+            if split == "train":
+                return _files.Files(root, names, labels, transforms.training, transforms.augments)
+            return _files.Files(root, names, labels, transforms.evaluation)
 
         return Splits(
             train=files("train"),
@@ -66,11 +66,21 @@ class ImageFolder(DataSection):
                 "split": "folders"
                 if (root / "val").is_dir()
                 else f"folders; val is {HELD_OUT:.0%} of each class of train",
-                "resize": f"{self.resize} to {self.image_size}",
-                "normalisation": self.normalisation,
-                "augmentation": _transforms.AUGMENTATION if self.augment else "none",
+                **transforms.about,
             },
         )
+
+    def transforms(self) -> Transforms:
+        from snell_dist.data import _transforms
+
+        plain = getattr(_transforms, self.resize)(self.image_size, self.normalisation)
+        about = {
+            "resize": f"{self.resize} to {self.image_size}",
+            "normalisation": self.normalisation,
+            "augmentation": _transforms.AUGMENTATION if self.augment else "none",
+        }
+        training = _transforms.augmented(self.image_size, self.normalisation) if self.augment else plain
+        return Transforms(training, plain, self.augment, about)
 
 
 def _listed(folder: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from snell_dist.data import Splits
+from snell_dist.data import Splits, Transforms
 from snell_dist.data._benchmark import BenchmarkSection
 
 # dataset: (classes, test images), of the benchmark
@@ -48,14 +48,14 @@ class Vtab(BenchmarkSection):
     name: Literal["vtab"]
 
     def load(self, all_labelled: bool) -> Splits:
-        from snell_dist.data import _files, _transforms
+        from snell_dist.data import _files
 
         folder = self.folder()
         names = self.class_names(folder)
-        transform = _transforms.squeeze(self.image_size, self.normalisation)
+        transforms = self.transforms()
         trained = "train800val200" if all_labelled else "train800"
         train, val, test = (
-            _files.Files(folder, *_files.lines(folder / f"{split}.txt", len(names)), transform)
+            _files.Files(folder, *_files.lines(folder / f"{split}.txt", len(names)), transforms.evaluation)
             for split in (trained, "val200", "test")
         )
         return Splits(
@@ -67,9 +67,18 @@ class Vtab(BenchmarkSection):
             about={
                 "dataset": f"VTAB-1k {self.dataset}",
                 "split": f"{trained}, val200, test",
-                "resize": f"whole picture to {self.image_size} x {self.image_size}, bicubic",
-                "normalisation": self.normalisation,
-                "augmentation": "none",
+                **transforms.about,
             },
             val_trains=all_labelled,
         )
+
+    def transforms(self) -> Transforms:
+        from snell_dist.data import _transforms
+
+        whole = _transforms.squeeze(self.image_size, self.normalisation)
+        about = {
+            "resize": f"whole picture to {self.image_size} x {self.image_size}, bicubic",
+            "normalisation": self.normalisation,
+            "augmentation": "none",
+        }
+        return Transforms(training=whole, evaluation=whole, augments=False, about=about)
