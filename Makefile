@@ -1,4 +1,5 @@
 # make demo    the main job on the embedded default: pretrain, adapt by four methods, table and picture
+# make benchmark   eight methods on eight small tasks of real images, three seeds: table and picture, half an hour
 # make test    the whole test suite
 # make lint    style and types
 PYTHON ?= python3
@@ -9,10 +10,13 @@ CONSTRAINTS ?= constraints.txt
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo benchmark test lint constraints clean
 
 demo: $(INSTALLED)
 	$(BIN)/python profiling/compare.py
+
+benchmark: $(INSTALLED)
+	$(BIN)/python profiling/mini_benchmark.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST)
