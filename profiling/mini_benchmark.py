@@ -70,7 +70,7 @@ def search(out: Path, jobs: int) -> int:
     """Every method gets the same learning rates on the same tasks, and the mean accuracy on val decides."""
     found: dict[tuple[str, str], float] = {}
     for rate in LEARNING_RATES:
-        place = out / "mini-search" / rate
+        place = out / f"mini-search-{rate}"
         chosen = "--methods", *SEARCHED, "--tasks", *SEARCH_TASKS, "--seeds", "1"
         status = reproduce(place, jobs, *chosen, f"optim.lr={rate}")
         if status:

@@ -94,6 +94,19 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--table", action="store_true", help="only print the table of what is done")
     reproduce.set_defaults(command=_reproduce)
 
+    data = commands.add_parser("data", help="is the data there and whole; record it; pack it into shards")
+    verbs = data.add_subparsers(required=True, metavar="check|manifest")
+    checked = verbs.add_parser("check", help="what of VTAB-1k and FGVC a folder holds, and whether it is whole")
+    checked.add_argument("folder", type=Path, metavar="DIR", help="the folder of the datasets, or a dataset's own")
+    checked.add_argument("--quick", action="store_true", help="open only the images' headers")
+    checked.add_argument("--json", action="store_true", help="for machines")
+    checked.add_argument("--against", type=Path, metavar="FILE", help="compare with a manifest instead")
+    checked.set_defaults(command=_data_check)
+    manifest = verbs.add_parser("manifest", help="record counts and hashes of what is there")
+    manifest.add_argument("folder", type=Path, metavar="DIR")
+    manifest.add_argument("--out", type=Path, required=True, metavar="FILE")
+    manifest.set_defaults(command=_data_manifest)
+
     backbones = commands.add_parser("backbones", help="the models that can be named, and what is in one")
     verbs = backbones.add_subparsers(required=True, metavar="ls|show")
     listed = verbs.add_parser("ls", help="families and sizes")
@@ -206,6 +219,26 @@ def _share(said: str | None) -> tuple[int, int] | None:
     if not (first.isdigit() and step.isdigit() and 1 <= int(first) <= int(step)):
         raise UserError(f"--share {said}: expected I/N with I from 1 to N, such as 2/8")
     return int(first), int(step)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from snell_dist import data_check
+
+    if args.against:
+        different = data_check.differences(args.folder, args.against)
+        print("\n".join(different) or f"{args.folder}: as in {args.against}")
+        return BAD_INPUT if different else 0
+    found, missing = data_check.look(args.folder, args.quick, contents=False)
+    print(data_check.as_json(found, missing) if args.json else data_check.report(found, missing))
+    return 0 if all(f.sound for f in found) else BAD_INPUT
+
+
+def _data_manifest(args: argparse.Namespace) -> int:
+    from snell_dist import data_check
+
+    found = data_check.write_manifest(args.folder, args.out)
+    print(f"{args.out}: {len(found)} datasets")
+    return 0
 
 
 def _backbones_ls(args: argparse.Namespace) -> int:

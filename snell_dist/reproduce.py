@@ -1,6 +1,6 @@
 """A benchmark's whole matrix of methods, tasks and seeds: run or resumed, and its table at any moment.
 
-    OUT/<benchmark>/<method>/<task>/seed<k>/     a run folder each
+    OUT/<benchmark>/<method>/<task>/seed<k>/     a run folder each; bases are trained beside OUT
     OUT/<benchmark>/table.md  table.json         written anew after every run
 
 A cell is the shipped configuration <benchmark>/<task>_<method>, or <benchmark>/<method> with data.dataset=<task>.
@@ -121,7 +121,7 @@ def run(wish: Wish) -> tuple[Matrix, bool]:
                     continue
                 log.info(f"{cell.method}, {cell.task}, seed {cell.seed}")
                 (cell.folder / FAILED).unlink(missing_ok=True)
-                outcome = job.run(cell.loaded, wish.out, (cell.folder / "config.yaml").exists(), cell.folder)
+                outcome = job.run(cell.loaded, wish.out.parent, (cell.folder / "config.yaml").exists(), cell.folder)
                 if outcome.interrupted:
                     return matrix, True
         except run_folder.Busy:

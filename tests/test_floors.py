@@ -15,7 +15,7 @@ FLOORS = [
     ["adapted", "prompts"],
     ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
     ["checkpoint", "feed", "run_folder"],
-    ["evaluate"],
+    ["data_check", "evaluate"],
     ["mistakes"],
     ["tasks"],
     ["run_config"],

@@ -17,7 +17,7 @@ class BenchmarkSection(DataSection):
 
     classes: ClassVar[Mapping[str, int]] = {}
     spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    inside: ClassVar[str] = ""  # a folder that may stand between
+    inside: ClassVar[tuple[str, ...]] = ()  # folders that may stand between
     marker: ClassVar[str] = ""
 
     root: str = Field(description="the folder that holds the datasets' folders")
@@ -31,7 +31,7 @@ class BenchmarkSection(DataSection):
         """The dataset's own, which may be the root itself. ConfigError where there is none."""
         root = Path(self.root)
         names = self.spellings.get(self.dataset, (self.dataset,))
-        places = [base / name for base in (root, root / self.inside) for name in names]
+        places = [base / name for base in (root, *(root / f for f in self.inside)) for name in names]
         found = next((place for place in places if place.is_dir()), root if (root / self.marker).is_file() else None)
         if found is not None:
             return found

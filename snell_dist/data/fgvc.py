@@ -51,7 +51,7 @@ SPLIT_FILES = "train.json, val.json and test.json, which the authors of VPT publ
 class Fgvc(BenchmarkSection):
     classes: ClassVar[Mapping[str, int]] = {dataset: counts[0] for dataset, counts in DATASETS.items()}
     spellings: ClassVar[Mapping[str, tuple[str, ...]]] = SPELLINGS
-    inside: ClassVar[str] = "fgvc"
+    inside: ClassVar[tuple[str, ...]] = ("fgvc",)
     marker: ClassVar[str] = "train.json"
 
     name: Literal["fgvc"]

@@ -42,7 +42,7 @@ HOW = "the archives of VTAB-1k that tuning papers share, such as those named in 
 
 class Vtab(BenchmarkSection):
     classes: ClassVar[Mapping[str, int]] = {dataset: count for dataset, (count, _) in DATASETS.items()}
-    inside: ClassVar[str] = "vtab-1k"
+    inside: ClassVar[tuple[str, ...]] = ("vtab-1k", "vtab")
     marker: ClassVar[str] = "train800.txt"
 
     name: Literal["vtab"]
