@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from snell_dist.config import CONFIGS, UserError
+from snell_dist.config import CONFIGS, ConfigError, UserError
 
 BAD_INPUT, INTERRUPTED = 2, 75
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(command=_reproduce)
 
     data = commands.add_parser("data", help="is the data there and whole; record it; pack it into shards")
-    verbs = data.add_subparsers(required=True, metavar="check|manifest")
+    verbs = data.add_subparsers(required=True, metavar="check|manifest|pack")
     checked = verbs.add_parser("check", help="what of VTAB-1k and FGVC a folder holds, and whether it is whole")
     checked.add_argument("folder", type=Path, metavar="DIR", help="the folder of the datasets, or a dataset's own")
     checked.add_argument("--quick", action="store_true", help="open only the images' headers")
@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     manifest.add_argument("folder", type=Path, metavar="DIR")
     manifest.add_argument("--out", type=Path, required=True, metavar="FILE")
     manifest.set_defaults(command=_data_manifest)
+    packed = verbs.add_parser("pack", help="write a configuration's images into tar shards, for data.name=webdataset")
+    _takes_config(packed)
+    packed.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    packed.add_argument(
+        "--shard-size", default="256MiB", metavar="SIZE", help="bytes, or a number of images (default: 256MiB)"
+    )
+    packed.set_defaults(command=_data_pack)
 
     backbones = commands.add_parser("backbones", help="the models that can be named, and what is in one")
     verbs = backbones.add_subparsers(required=True, metavar="ls|show")
@@ -238,6 +245,25 @@ def _data_manifest(args: argparse.Namespace) -> int:
 
     found = data_check.write_manifest(args.folder, args.out)
     print(f"{args.out}: {len(found)} datasets")
+    return 0
+
+
+def _data_pack(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.run_config import Run
+
+    loaded = load(args.config, args.overrides, Run)
+    from snell_dist import log
+    from snell_dist.pack import Limit, pack
+
+    log.set_up()
+    try:
+        index = pack(loaded.config.data, args.to, Limit.parse(args.shard_size))
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+    parts = [index.train, index.val, index.test]
+    train, val, test = (sum(shard.samples for shard in part) for part in parts)
+    print(f"{args.to}: {train} train, {val} val and {test} test images in {sum(map(len, parts))} shards")
     return 0
 
 

@@ -14,7 +14,7 @@ FLOORS = [
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
     ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
-    ["checkpoint", "feed", "run_folder"],
+    ["checkpoint", "feed", "pack", "run_folder"],
     ["data_check", "evaluate"],
     ["mistakes"],
     ["tasks"],
