@@ -173,7 +173,7 @@ def _how(section: BenchmarkSection) -> str:
 
 
 def _layouts() -> str:
-    return "expected are DIR/<dataset>/ with train800.txt, val200.txt, test.txt, or with train.json, val.json, test.json"
+    return "expected are DIR/<dataset> with train800.txt, val200.txt, test.txt, or with train.json, val.json, test.json"
 
 
 def report(found: list[Found], missing: list[Missing]) -> str:

@@ -252,3 +252,29 @@ def test_adapt_complains_in_one_line() -> None:
         snell_dist.adapt(vit(), "snell")
     with pytest.raises(UserError, match="nothing would train"):
         snell_dist.adapt(nn.Sequential(nn.ReLU()), "full")
+
+
+def test_released_regularisation_leaves_projs_input_alone() -> None:
+    """Dropout where the configuration says, and drop path for q, k and v apart; nothing of it in evaluation."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=3)
+    torch.manual_seed(0)
+    snell_dist.adapt(
+        model, "snell", rank=4, also_train=["head"], dropout=0.5, dropout_on=["q", "k", "v", "fc1", "fc2"], drop_path=0.5
+    )
+    block = model.blocks[0]
+    x = torch.randn(64, 5, 24)
+    proj, qkv = block.attn.proj, block.attn.qkv
+    assert (proj.method.dropout, qkv.method.dropout, block.mlp.fc1.method.dropout) == (0.0, 0.5, 0.5)
+    with torch.no_grad():
+        base = torch.nn.functional.linear(x, proj.weight, proj.bias)
+        delta = (proj.train()(x) - base).flatten(1)
+        whole = 2 * (proj.eval()(x) - base).flatten(1)
+        kept = delta.abs().amax(1) > 0
+        assert 10 < kept.sum() < 54
+        torch.testing.assert_close(delta[kept], whole[kept], atol=1e-5, rtol=1e-4)
+        base = torch.nn.functional.linear(x, qkv.weight, qkv.bias)
+        parts = (qkv.train()(x) - base).unflatten(-1, (3, -1)).abs().amax((1, 3)) > 0
+        assert len({tuple(row) for row in parts.tolist()}) == 8, "every combination of q, k and v occurs"
+        assert torch.equal(qkv.eval()(x), qkv(x))
+    with pytest.raises(ConfigError, match=r"method\.dropout_on = 'w': matches no linear layer"):
+        snell_dist.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), "snell", rank=4, dropout_on=["w"])

@@ -97,6 +97,7 @@ def common_words(config: Run) -> dict[str, Any]:
     model = made(backbone)
     assert {model.image_shape, (3, config.data.image_size, config.data.image_size)} == {(3, 224, 224)}
     assert config.method.sparsify == "released" if hasattr(config.method, "sparsify") else method.name == "mixk"
+    assert method.dropout_on == ["q", "k", "v", "fc1", "fc2"], "the input of proj's delta is not dropped"
     assert config.data.normalisation == "imagenet", RELEASED[config.data.name]["normalise"]
     assert config.data.name == "vtab" or config.data.augment
     return {

@@ -5,6 +5,8 @@ The mask is a function of a seed, so backward can make it again instead of keepi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ def draw_path(samples: int, rate: float, like: Tensor) -> Tensor:
     """Drop path: a scale for each sample [samples], 0 (dropped) or 1/(1 - rate), float32."""
     keep = torch.rand(samples, device=like.device) >= rate
     return keep / (1 - rate)
+
+
+def drop_paths(y: Tensor, groups: int, rate: float) -> Tensor:
+    """Drop path of y [samples, ..., groups * out], drawn for each sample and group: as `groups` layers would."""
+    each = [y.shape[0], *[1] * (y.dim() - 2)] if y.dim() > 1 else []
+    fates = draw_path(math.prod(each) * groups, rate, y).to(y.dtype).view(*each, groups, 1)
+    return (y.unflatten(-1, (groups, -1)) * fates).flatten(-2)
 
 
 def keep_scale(seed: Tensor, shape: torch.Size, rate: float, dtype: torch.dtype) -> Tensor:

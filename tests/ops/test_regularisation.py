@@ -8,7 +8,7 @@ import pytest
 import torch
 from layers import close, layer, run
 
-from snell_dist.ops import snell_linear
+from snell_dist.ops import drop_paths, snell_linear
 from snell_dist.ops.regularize import _hashed_scale, draw_path, draw_seed, keep_scale
 
 
@@ -83,3 +83,16 @@ def test_checkpointed_forward_repeats_the_mask() -> None:
     )
     for one, two in zip([y.detach(), *torch.autograd.grad(y, (x, a, b), g)], want, strict=True):
         assert torch.equal(one, two)
+
+
+def test_row_groups_have_fates_of_their_own() -> None:
+    """As three layers that each draw: every pair of fates occurs, whole outputs are dropped, the mean stays."""
+    y = torch.ones(4000, 2, 3 * 5, dtype=torch.float64)
+    kept = drop_paths(y, 3, 0.25).view(4000, 2, 3, 5)
+    assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    fates = kept[:, 0, :, 0] != 0
+    assert torch.equal(kept, fates[:, None, :, None].expand_as(kept) / 0.75)
+    assert abs(fates.double().mean().item() - 0.75) < 0.02
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert abs((fates[:, one] & fates[:, other]).double().mean().item() - 0.75**2) < 0.04
+    assert drop_paths(torch.ones(6), 3, 0.5).shape == (6,)
