@@ -6,16 +6,14 @@ is read by byte range has any order, so shards are as exact as a list of files.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros
-OPEN_FILES = 256
 UNKNOWN = -1  # a checksum that nobody has taken
 
 Count = Annotated[int, Field(ge=0)]
@@ -69,7 +66,7 @@ class AllLabelled(Section):
 class Index(Section):
     """What a pack says of itself. `source` is the packed data section, whose transforms the images go through."""
 
-    format: Literal[1]
+    format: int = Field(ge=1, le=1)
     source: dict[str, Any]
     classes: list[str]
     about: dict[str, str]
@@ -193,11 +190,16 @@ class Tars:
         return self.transform(self.picture(index)), self.labels[index]
 
     def picture(self, index: int) -> Image.Image:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         number, offset, size, checksum = self.where[index].tolist()
         said = f"{self.files[number]}: byte {offset}: {self.names[index]}"
-        content = os.pread(_opened(self.files[number]).fileno(), size, offset)
+        try:
+            with self.files[number].open("rb", buffering=0) as stream:
+                stream.seek(offset)
+                content = stream.read(size)
+        except OSError as error:
+            raise UserError(f"{said}: cannot be read: {error.strerror}") from None
         if len(content) < size:
             raise UserError(f"{said}: the shard was cut off")
         if checksum not in (UNKNOWN, zlib.crc32(content)):
@@ -205,6 +207,8 @@ class Tars:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 return image.convert("RGB")
+        except UnidentifiedImageError:
+            raise UserError(f"{said}: is no image") from None
         except Exception as error:  # PIL's decoders raise all kinds
             raise UserError(f"{said}: is no whole image ({first_line(error)})") from None
 
@@ -234,9 +238,3 @@ def tars(
     kept = [i for i in (range(len(names)) if order is None else order) if shards[where[i, 0]][0] is not None]
     files = [file or Path(shard.file) for file, shard in shards]
     return Tars(files, where[kept], [names[i] for i in kept], [labels[i] for i in kept], transform, augments)
-
-
-@functools.lru_cache(maxsize=OPEN_FILES)
-def _opened(file: Path) -> IO[bytes]:
-    """Kept open: a file system on a network answers slowly. One of a process, and never its position is used."""
-    return file.open("rb", buffering=0)

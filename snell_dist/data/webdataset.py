@@ -173,9 +173,8 @@ def _read(file: Path) -> Index:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file, so {file.parent} is no pack of snell data pack") from None
     except ConfigError as error:
-        raise UserError(
-            f"{file}: is no index of a pack: {error.problems[0].key}: {error.problems[0].message}"
-        ) from None
+        first = error.problems[0]
+        raise UserError(f"{file}: is no index of a pack: {first.key or 'it'}: {first.message}") from None
     except ValueError as error:
         raise UserError(f"{file}: is no valid JSON: {first_line(error)}") from None
     except KeyError as error:
