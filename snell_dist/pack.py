@@ -52,8 +52,7 @@ class Limit:
 
 def pack(section: DataSection, to: Path, limit: Limit) -> Index:
     """Writes the folder, whole or not at all. UserError where it exists, or where an image cannot be read."""
-    if section.name == "webdataset":
-        raise UserError("data.name = 'webdataset': it is in tar shards already; pack the source that they were made of")
+    section.transforms()  # before anything else: who reads the pack will need them
     if to.exists():
         raise UserError(f"--to {to}: exists and stays as it is; name another folder")
     splits, whole = section.load(all_labelled=False), section.load(all_labelled=True)

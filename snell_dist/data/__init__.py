@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from pydantic import Field
 
 from snell_dist import dist
-from snell_dist.config import ConfigError, Problem, Section
+from snell_dist.config import ConfigError, Problem, Section, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +128,11 @@ class DataSection(Section):
         raise NotImplementedError
 
     def transforms(self) -> Transforms:
-        """What stands between the source's pictures and the model, without a look at the source."""
-        raise NotImplementedError
+        """What stands between the source's pictures and the model, without a look at the source.
+
+        UserError where it cannot be said so; then the source cannot be packed.
+        """
+        raise UserError(f"data.name = {self.name!r}: has no transforms apart from its images, so it cannot be packed")
 
     def accumulation(self) -> int:
         """Micro-batches per step. ConfigError where batch_size does not divide."""

@@ -47,8 +47,8 @@ class Webdataset(DataSection):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Webdataset:
-        own = (self.train, self.val, self.test, self.classes)
-        if any(said is not None for said in own) == (self.root is not None) or (self.root is None and None in own):
+        said = [key is not None for key in (self.train, self.val, self.test, self.classes)]
+        if any(said) if self.root is not None else not all(said):
             raise ValueError("must say either root, or train, val, test and classes")
         return self
 
@@ -57,7 +57,7 @@ class Webdataset(DataSection):
 
         damaged: list[str] = []
         index, opened = self._pack(self.root, damaged) if self.root is not None else self._shards(damaged)
-        self._tolerate(damaged, sum(map(len, opened.values())))
+        self._tolerate(damaged)
         transforms = self._transforms(index.source)
         trained, order, about = opened["train"], None, index.about
         if all_labelled and index.all_labelled is not None:
@@ -115,9 +115,9 @@ class Webdataset(DataSection):
         source = {"name": "image_folder", "root": "."}  # whose transforms are for any images
         return Index(format=1, source=source, classes=names, about=about), files
 
-    def _tolerate(self, damaged: list[str], shards: int) -> None:
+    def _tolerate(self, damaged: list[str]) -> None:
         if len(damaged) > self.max_damaged:
-            message = f"{len(damaged)} damaged shards are more than that; mend or fetch them again, or allow them"
+            message = f"{len(damaged)} cannot be used: mend or fetch what is damaged, or allow so many"
             raise UserError("\n".join([*damaged, f"data.max_damaged = {self.max_damaged}: {message}"]))
         for line in damaged:
             log.info(f"warning: skipped, so these samples are lost: {line}")

@@ -211,7 +211,7 @@ def test_a_missing_shard_and_a_compressed_one(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         of_shards(urls, max_damaged=2).load(False)
     assert str(caught.value).splitlines()[3:] == [
-        "data.max_damaged = 2: 3 damaged shards are more than that; mend or fetch them again, or allow them"
+        "data.max_damaged = 2: 3 cannot be used: mend or fetch what is damaged, or allow so many"
     ]
     with TarWriter(str(tmp_path / "part-001.tar.gz")) as tar:
         tar.write({"__key__": "a", "png": content(0), "cls": 0})
