@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import subprocess
 import tarfile
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_vtab(all_labelled: bool, tmp_path: Path) -> None:
     ours = packed(tmp_path / "pack").load(all_labelled)
     (tmp_path / "gone").rename(tmp_path / "svhn")
     assert_equal(vtab.load(all_labelled), ours)
+    assert torch.equal(pickle.loads(pickle.dumps(ours.train))[0][0], ours.train[0][0]), "as readers on macOS get it"
 
 
 def test_fgvc_with_its_augmentation_and_a_source_without_files(tmp_path: Path) -> None:
