@@ -23,7 +23,7 @@ import mini_tasks
 from compare import environment
 
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATES = "1.0e-3", "3.0e-3", "1.0e-2", "3.0e-2", "1.0e-1"
+LEARNING_RATES = "1.0e-3", "3.0e-3", "1.0e-2", "3.0e-2", "1.0e-1", "3.0e-1"
 # SNELL's ranks share the rate that rank 8 chose.
 SEARCHED = "snell8", "lora", "sparse", "full", "linear", "bias"
 SEARCH_TASKS = "digits", "surfaces", "orientation", "counting"

@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--table", action="store_true", help="only print the table of what is done")
     reproduce.set_defaults(command=_reproduce)
 
+    report = commands.add_parser("report", help="run folders as one HTML page that needs nothing else")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders of them")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    report.set_defaults(command=_report)
+
     data = commands.add_parser("data", help="is the data there and whole; record it; pack it into shards")
     verbs = data.add_subparsers(required=True, metavar="check|manifest|pack")
     checked = verbs.add_parser("check", help="what of VTAB-1k and FGVC a folder holds, and whether it is whole")
@@ -226,6 +231,14 @@ def _share(said: str | None) -> tuple[int, int] | None:
     if not (first.isdigit() and step.isdigit() and 1 <= int(first) <= int(step)):
         raise UserError(f"--share {said}: expected I/N with I from 1 to N, such as 2/8")
     return int(first), int(step)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from snell_dist import report
+
+    count = report.write(args.folders, args.out)
+    print(f"{args.out}: {count} runs, {args.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
 
 
 def _data_check(args: argparse.Namespace) -> int:

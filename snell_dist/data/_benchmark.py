@@ -43,6 +43,14 @@ class BenchmarkSection(DataSection):
         message = f"has no folder {' or '.join(names)}" if root.is_dir() else "no such folder"
         raise ConfigError(Problem("data.root", f"{message}; snell data check says what is missing", self.root))
 
+    def title(self, benchmark: str) -> str:
+        """What a protocol card calls the data."""
+        return (
+            f"{benchmark} {self.dataset}"
+            if self.dataset in self.classes
+            else f"{self.dataset}, laid out as {benchmark}"
+        )
+
     def class_names(self, folder: Path) -> list[str]:
         """From classes.txt, where there is one, or their numbers. UserError where the count is not the dataset's."""
         from snell_dist.data import _files

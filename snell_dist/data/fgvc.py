@@ -71,7 +71,7 @@ class Fgvc(BenchmarkSection):
             classes=names,
             image_shape=(3, self.image_size, self.image_size),
             about={
-                "dataset": f"FGVC {self.dataset}",
+                "dataset": self.title("FGVC"),
                 "split": "train, val and test of VPT",
                 **transforms.about,
             },

@@ -65,7 +65,7 @@ class Vtab(BenchmarkSection):
             classes=names,
             image_shape=(3, self.image_size, self.image_size),
             about={
-                "dataset": f"VTAB-1k {self.dataset}",
+                "dataset": self.title("VTAB-1k"),
                 "split": f"{trained}, val200, test",
                 **transforms.about,
             },
