@@ -259,7 +259,13 @@ def test_released_regularisation_leaves_projs_input_alone() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=3)
     torch.manual_seed(0)
     snell_dist.adapt(
-        model, "snell", rank=4, also_train=["head"], dropout=0.5, dropout_on=["q", "k", "v", "fc1", "fc2"], drop_path=0.5
+        model,
+        "snell",
+        rank=4,
+        also_train=["head"],
+        dropout=0.5,
+        dropout_on=["q", "k", "v", "fc1", "fc2"],
+        drop_path=0.5,
     )
     block = model.blocks[0]
     x = torch.randn(64, 5, 24)
