@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="list, show, copy and describe configurations")
     verbs = config.add_subparsers(required=True, metavar="ls|show|cp|schema")
-    verbs.add_parser("ls", help="the configurations that come with the package").set_defaults(command=_config_ls)
+    listed = verbs.add_parser("ls", help="the configurations that come with the package")
+    listed.add_argument("pattern", nargs="?", default="*", help="a glob or a part of the name: vtab, *_snell32")
+    listed.set_defaults(command=_config_ls)
     show = verbs.add_parser("show", help="a configuration, resolved: every key with its value")
     _takes_config(show)
     show.set_defaults(command=_config_show)
@@ -174,7 +176,8 @@ def _train(args: argparse.Namespace) -> int:
         return INTERRUPTED
     if dist.rank() == 0:
         said = outcome.summary
-        print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images  {outcome.folder}")
+        marked = " (chosen on these images, as the released code does)" if said["protocol"]["marked"] else ""
+        print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images{marked}  {outcome.folder}")
     return 0
 
 
@@ -312,9 +315,13 @@ def _methods_ls(args: argparse.Namespace) -> int:
 
 
 def _config_ls(args: argparse.Namespace) -> int:
-    from snell_dist.config import shipped
+    from fnmatch import fnmatch
 
-    names = shipped()
+    from snell_dist.config import nearest, shipped
+
+    names = [name for name in shipped() if fnmatch(name, args.pattern) or args.pattern in name]
+    if not names:
+        raise UserError(f"config ls: {args.pattern!r}: matches no configuration{nearest(args.pattern, shipped())}")
     width = max(map(len, names))
     for name in names:
         about = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]

@@ -119,6 +119,9 @@ def test_overrides_may_stand_behind_options(tmp_path: Path, error: Callable) -> 
 def test_config_verbs_work_anywhere(tmp_path: Path, error: Callable) -> None:
     listed = snell("config", "ls", cwd=tmp_path).stdout
     assert {"demo", "demo/lora", "demo/pretrain"} <= {line.split()[0] for line in listed.splitlines()}
+    one = snell("config", "ls", "*/cifar_snell32", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in one] == ["vtab/cifar_snell32"]
+    assert "did you mean 'demo/lora'?" in "".join(error("config", "ls", "demo/lroa"))
     assert snell("config", "cp", "demo/lora", "mine.yaml", cwd=tmp_path).stdout == "mine.yaml\n"
     shown = snell("config", "show", "mine.yaml", "method.rank=2", cwd=tmp_path).stdout
     assert "rank: 2" in shown

@@ -40,6 +40,10 @@ def test_the_wheel_trains_the_demo_outside_the_checkout(wheel: Path, tmp_path: P
     done = subprocess.run(command, env=environment, **run)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/demo/001/adapter.safetensors").exists()
+    command = [str(python), "-m", "snell_dist", "reproduce", "vtab", "--methods", "lora", "--table"]
+    assert "0 of 57 runs are done" in subprocess.run(command, env=environment, **run).stdout
+    command = [str(python), "-m", "snell_dist", "report", "runs"]
+    assert subprocess.run(command, env=environment, **run).stdout.startswith("report.html: 1 runs, ")
 
 
 def test_the_wheel_holds_the_package_and_its_configurations_only(wheel: Path) -> None:
