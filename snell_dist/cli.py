@@ -200,26 +200,25 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from snell_dist import log, reproduce
+    from snell_dist import log
+    from snell_dist.benchmarks import matrix
 
-    share = _share(args.share) or reproduce.share_of_array() or (1, 1)
+    share = _share(args.share) or matrix.share_of_array() or (1, 1)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(f"reproduce: --seeds {args.seeds} --jobs {args.jobs}: both must be at least 1")
-    wish = reproduce.Wish(
-        args.benchmark, args.data, args.tasks, args.methods, args.seeds, args.out, args.overrides, share
-    )
+    wish = matrix.Wish(args.benchmark, args.data, args.tasks, args.methods, args.seeds, args.out, args.overrides, share)
     log.set_up()
     interrupted, status = False, 0
     if args.table:
-        matrix = reproduce.plan(wish)
+        planned = matrix.plan(wish)
     elif args.jobs > 1:
-        matrix = reproduce.plan(wish)
-        reproduce.check(matrix)
-        status = reproduce.spawn(args.arguments, args.jobs)
+        planned = matrix.plan(wish)
+        matrix.check(planned)
+        status = matrix.spawn(args.arguments, args.jobs)
         interrupted = status == INTERRUPTED
     else:
-        matrix, interrupted = reproduce.run(wish)
-    table = matrix.table()
+        planned, interrupted = matrix.run(wish)
+    table = planned.table()
     print(table.markdown(), end="")
     if interrupted:
         log.info(f"interrupted and saved; continue with: {shlex.join(['snell', 'reproduce', *args.arguments])}")

@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 
-from snell_dist import dist, log, run_folder, trackers
+from snell_dist import dist, log, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
 from snell_dist.checkpoint import ADAPTER, load_adapter
 from snell_dist.config import ConfigError, Loaded, UserError, load
 from snell_dist.methods.full import Full
+from snell_dist.observers import trackers
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome, train
 

@@ -20,7 +20,7 @@ from snell_dist import dist
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snell_dist.observe import Moment
+    from snell_dist.observers import Moment
 
 LOGGER = logging.getLogger("snell_dist")
 

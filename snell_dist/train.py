@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from snell_dist import checkpoint, dist, log, mistakes, optim, results, run_folder, trackers
+from snell_dist import checkpoint, dist, log, mistakes, optim, results, run_folder
 from snell_dist.build import Built
 from snell_dist.config import UserError
 from snell_dist.evaluate import Measured
 from snell_dist.feed import Feed
 from snell_dist.memory.record import PeakMemory, process_mib
 from snell_dist.methods import Place
-from snell_dist.observe import Moment, Observer, StepTimer
+from snell_dist.observers import Moment, Observer, StepTimer, trackers
+from snell_dist.observers.telemetry import Telemetry
 from snell_dist.run_config import Run
 from snell_dist.selection import Selection
-from snell_dist.telemetry import Telemetry
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from snell_dist import benchmarks
+from snell_dist.benchmarks.table import MARK, Result, make
 from snell_dist.config import UserError
-from snell_dist.table import MARK, Result, make
 
 VTAB = benchmarks.find("vtab")
 

@@ -6,7 +6,7 @@ import pynvml
 import pytest
 import torch
 
-from snell_dist.telemetry import Telemetry
+from snell_dist.observers.telemetry import Telemetry
 
 
 def test_without_a_gpu_it_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ import pytest
 from conftest import ENVIRONMENT, TINY, snell, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from snell_dist import trackers
 from snell_dist.config import ConfigError
+from snell_dist.observers import trackers
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -14,7 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from snell_dist.engines import Engine
-    from snell_dist.observe import Moment
+    from snell_dist.observers import Moment
 
 MIB = 2**20
 RECORDED_STEP = 2

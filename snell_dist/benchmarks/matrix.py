@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from snell_dist import benchmarks, dist, job, log, run_folder, table
-from snell_dist.benchmarks import Benchmark
+from snell_dist import dist, job, log, run_folder
+from snell_dist.benchmarks import Benchmark, find, table
 from snell_dist.config import Loaded, UserError, load, nearest, shipped
 from snell_dist.run_config import Run
 
@@ -70,7 +70,7 @@ class Matrix:
 
 def plan(wish: Wish) -> Matrix:
     """The matrix, all of it checked. ConfigError or UserError with every problem of names and settings."""
-    benchmark = benchmarks.find(wish.benchmark)
+    benchmark = find(wish.benchmark)
     tasks = _chosen("--tasks", wish.tasks, benchmark.tasks)
     methods = _chosen("--methods", wish.methods, list(benchmark.methods))
     folder = wish.out / wish.benchmark

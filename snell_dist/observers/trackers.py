@@ -14,7 +14,7 @@ from typing import Any
 
 from snell_dist import log
 from snell_dist.config import ConfigError, Problem, first_line
-from snell_dist.observe import Moment, Observer
+from snell_dist.observers import Moment, Observer
 
 
 def check(names: Sequence[str]) -> None:
