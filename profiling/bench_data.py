@@ -40,8 +40,8 @@ import snell_dist
 from snell_dist.data import Images
 from snell_dist.data.image_folder import ImageFolder
 from snell_dist.data.webdataset import Webdataset
+from snell_dist.data_tools.pack import Limit, pack
 from snell_dist.feed import Feed
-from snell_dist.pack import Limit, pack
 
 RIVAL = "ImageFolder"
 SHARDS = 4

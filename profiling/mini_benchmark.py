@@ -158,11 +158,18 @@ def draw(report: dict[str, Any], file: Path) -> None:
     left.set(title="Test accuracy (%), three seeds and their mean", ylim=(0, 101), xlim=(-0.5, len(tasks) - 0.5))
     left.set_xticks(range(len(tasks)), tasks)
     left.legend(frameon=False, ncols=4, loc="lower left")
-    for method in methods:
-        mean = statistics.fmean(100 * r["test_accuracy"] for r in results if r["method"] == method)
-        step = report["costs"][method]["median_step_ms"]
+    spots = {
+        method: (
+            report["costs"][method]["median_step_ms"],
+            statistics.fmean(100 * r["test_accuracy"] for r in results if r["method"] == method),
+        )
+        for method in methods
+    }
+    for method, (step, mean) in spots.items():
         right.plot(step, mean, "o", color=COLOURS[method], markersize=8)
-        right.annotate(method, (step, mean), xytext=(7, -3), textcoords="offset points", fontsize=9)
+        crowded = any(0 < other - step < 8 and abs(height - mean) < 0.5 for other, height in spots.values())
+        offset, side = ((-7, -3), "right") if crowded else ((7, -3), "left")
+        right.annotate(method, (step, mean), xytext=offset, textcoords="offset points", fontsize=9, ha=side)
     right.set(title="Mean over tasks (%) against a step's time (ms)")
     right.set_xlim(left=0)
     right.margins(x=0.25, y=0.15)

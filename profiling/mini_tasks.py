@@ -1,4 +1,4 @@
-"""Seven small tasks of real images that Python packages ship, in the layouts of VTAB-1k and of FGVC; no download.
+"""Eight small tasks of real images that Python packages ship, in the layouts of VTAB-1k and of FGVC; no download.
 
     python profiling/mini_tasks.py [--out runs/mini-data] [--sheet FILE.png]
 

@@ -244,21 +244,21 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-    from snell_dist import data_check
+    from snell_dist.data_tools import check, manifest
 
     if args.against:
-        different = data_check.differences(args.folder, args.against)
+        different = manifest.differences(args.folder, args.against)
         print("\n".join(different) or f"{args.folder}: as in {args.against}")
         return BAD_INPUT if different else 0
-    found, missing = data_check.look(args.folder, args.quick, contents=False)
-    print(data_check.as_json(found, missing) if args.json else data_check.report(found, missing))
+    found, missing = check.look(args.folder, args.quick, contents=False)
+    print(manifest.as_json(found, missing) if args.json else check.report(found, missing))
     return 0 if all(f.sound for f in found) else BAD_INPUT
 
 
 def _data_manifest(args: argparse.Namespace) -> int:
-    from snell_dist import data_check
+    from snell_dist.data_tools import manifest
 
-    found = data_check.write_manifest(args.folder, args.out)
+    found = manifest.write(args.folder, args.out)
     print(f"{args.out}: {len(found)} datasets")
     return 0
 
@@ -269,7 +269,7 @@ def _data_pack(args: argparse.Namespace) -> int:
 
     loaded = load(args.config, args.overrides, Run)
     from snell_dist import log
-    from snell_dist.pack import Limit, pack
+    from snell_dist.data_tools.pack import Limit, pack
 
     log.set_up()
     try:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "profiling"))
 import bench_data
 
 from snell_dist.data.image_folder import ImageFolder
-from snell_dist.pack import Limit, pack
+from snell_dist.data_tools.pack import Limit, pack
 
 
 @pytest.fixture(scope="module")

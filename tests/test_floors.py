@@ -14,8 +14,8 @@ FLOORS = [
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
     ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
-    ["checkpoint", "feed", "pack", "run_folder"],
-    ["data_check", "evaluate"],
+    ["checkpoint", "feed", "run_folder"],
+    ["data_tools", "evaluate"],
     ["mistakes"],
     ["tasks"],
     ["run_config"],
@@ -28,7 +28,7 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-WHOLES = "benchmarks", "ops", "report", "weights"  # folders whose files are parts of one thing
+WHOLES = "benchmarks", "data_tools", "ops", "report", "weights"  # folders whose files are parts of one thing
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

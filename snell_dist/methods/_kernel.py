@@ -120,13 +120,5 @@ class SparseKernelMethod(KernelMethod):
         """One for all row groups, or one for each."""
         return self.sparsity
 
-    def inject(self, backbone: Backbone) -> None:
-        super().inject(backbone)
-        chosen = select_parts(backbone.targets, self.dropout_on, backbone.blocks, "method.dropout_on")
-        dropping = {target.layer for target in chosen}
-        for name, layer in adapted_layers(backbone.model):
-            if name not in dropping:
-                layer.method = self.model_copy(update={"dropout": 0.0})
-
     def sparse(self, layer: AdaptedLinear) -> dict[str, Any]:
         return {"sparsity": self.sparsity_of(layer), "sparsify": self.sparsify}

@@ -24,8 +24,8 @@ from snell_dist.config import Plugin, UserError, check
 from snell_dist.data import PADDING
 from snell_dist.data.digits import Digits
 from snell_dist.data.webdataset import Webdataset
+from snell_dist.data_tools.pack import Limit, pack
 from snell_dist.feed import Feed, batch_indices, every_once
-from snell_dist.pack import Limit, pack
 
 
 def section(**said: Any) -> Webdataset:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from snell_dist.config import Plugin, UserError, check
 from snell_dist.data import DataSection, Splits
+from snell_dist.data_tools.pack import Limit, pack
 from snell_dist.feed import Feed
-from snell_dist.pack import Limit, pack
 
 
 def source(name: str, **settings: Any) -> DataSection:
