@@ -119,9 +119,8 @@ def adapted_model(result: dict[str, Any]) -> tuple[Any, Any, Any]:
     """The run's final model with its deltas merged, the weights of its base, and the data's splits."""
     import torch
 
-    from snell_dist import methods
+    from snell_dist import adapter, methods
     from snell_dist.build import build
-    from snell_dist.checkpoint import ADAPTER, load_adapter
     from snell_dist.config import load
     from snell_dist.run_config import Run
 
@@ -129,7 +128,8 @@ def adapted_model(result: dict[str, Any]) -> tuple[Any, Any, Any]:
     built = build(load(str(folder / "config.yaml"), [], Run).config, result["base_weights"], torch.device("cpu"))
     model = built.engine.model
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_adapter(folder / ADAPTER, model, built.fingerprint)
+    trained = adapter.load(folder / adapter.ADAPTER, built.engine.weights(), built.fingerprint)
+    built.engine.load_weights(trained)
     return methods.merge(model).eval(), base, built.splits
 
 

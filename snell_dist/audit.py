@@ -1,57 +1,50 @@
-"""What a built model trains, what it keeps frozen, and in which precision: said once, before the first step."""
+"""What a built model trains, what it keeps frozen, how it is divided, and in which precision: said before step 1."""
 
 from __future__ import annotations
 
-import math
+import re
+from itertools import groupby
 
 import torch
-from torch import nn
 
-from snell_dist import dist
+from snell_dist import dist, inventory
 from snell_dist.build import Built
-from snell_dist.memory.record import MIB
+from snell_dist.engines import Unit
+from snell_dist.inventory import MIB
 from snell_dist.run_config import Run
 
 
 def audit(config: Run, built: Built, device: torch.device) -> str:
-    """A table over kinds of modules, and the settings that decide cost."""
-    model, trainable = built.engine.model, set(built.trainable)
-    sizes = entries(model)
-    trains, total = sum(sizes[name] for name in trainable), sum(sizes.values())
+    """A table over kinds of parameters, one over the engine's units, and the settings that decide cost."""
+    entries = built.inventory
+    trains, total = inventory.numbers(entries, trains=True), inventory.numbers(entries)
     precision, remat = config.precision, config.remat
     lines = [
         f"{built.backbone.name}, {config.method.name}: {trains:,} of {total:,} parameters train ({trains / total:.1%})",
-        *table(model, trainable),
+        *inventory.table(entries),
         f"products in {precision.compute}, frozen base in {precision.frozen}, what trains in float32",
         f"activation checkpointing: {remat.policy}" + (f", one block in {remat.every}" if remat.every > 1 else ""),
         f"{config.engine.name} on {dist.world_size()} x {device}, batch size {config.data.batch_size}",
+        *units(built.engine.units()),
     ]
     return "\n".join(lines)
 
 
-def entries(model: nn.Module) -> dict[str, int]:
-    """Numbers of each parameter; two of a packed weight may share a byte."""
-    packed = {
-        f"{name}.weight": m.packing for name, m in model.named_modules() if getattr(m, "packing", None) is not None
-    }
-    return {
-        name: math.prod(packed[name].shape) if name in packed else p.numel() for name, p in model.named_parameters()
-    }
+def units(found: list[Unit]) -> list[str]:
+    """One line for each run of units that are alike."""
+    lines = []
+    for _, run in groupby(found, key=_likeness):
+        same = list(run)
+        name = same[0].name if len(same) == 1 else f"{same[0].name} to {same[-1].name.rpartition('.')[2]}"
+        one = same[0]
+        gathered = f", {one.gathered_bytes / MIB:.2f} MiB gathered" if one.gathered_bytes else ""
+        each = " each" if len(same) > 1 else ""
+        lines.append(
+            f"  {name}: {one.trains:,} train, {one.frozen:,} frozen, {' and '.join(one.dtypes)},"
+            f" {one.held_bytes / MIB:.2f} MiB held{gathered}{each}"
+        )
+    return lines
 
 
-def table(model: nn.Module, trainable: set[str]) -> list[str]:
-    """One line for each kind of module, dtype, and whether it trains: tensors, parameters, MiB."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
-    sizes = entries(model)
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        kind = type(model.get_submodule(owner)).__name__
-        state = "trains" if name in trainable else "frozen"
-        row = rows.setdefault((state, f"{kind}.{leaf}", str(parameter.dtype).removeprefix("torch.")), [0, 0, 0])
-        for i, amount in enumerate((1, sizes[name], parameter.nbytes)):
-            row[i] += amount
-    ordered = sorted(rows.items(), key=lambda item: (item[0][0] != "trains", -item[1][1]))
-    return [
-        f"  {state}  {what:32} {dtype:9} {count:5} tensors {parameters:15,} parameters {size / MIB:10.2f} MiB"
-        for (state, what, dtype), (count, parameters, size) in ordered
-    ]
+def _likeness(unit: Unit) -> tuple[object, ...]:
+    return re.sub(r"\d+$", "", unit.name), unit.trains, unit.frozen, unit.dtypes, unit.held_bytes, unit.gathered_bytes

@@ -16,6 +16,7 @@ from snell_dist.config import ConfigError, Problem
 from snell_dist.data import Splits
 from snell_dist.engines import Engine, Work
 from snell_dist.feed import Feed, steps_per_epoch
+from snell_dist.inventory import Entry, inventory
 from snell_dist.run_config import Run
 from snell_dist.tasks import Task
 
@@ -29,13 +30,9 @@ class Built:
     steps: int
     backbone: Backbone
     trainable: list[str]
+    inventory: dict[str, Entry]
     task: Task
     engine: Engine
-
-    @property
-    def saved(self) -> list[str]:
-        """Names of all tensors that the base lacks."""
-        return [*self.trainable, *methods.remembered(self.backbone.model)]
 
 
 def build(config: Run, weights: str | None, device: torch.device) -> Built:
@@ -43,7 +40,7 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
 
     Raises ConfigError where sections do not fit each other, UserError where files are missing.
     """
-    config.data.accumulation()  # complains early
+    accumulation = config.data.accumulation()  # complains early
     dist.seed_everything(config.train.seed)
     splits = config.data.load(config.protocol.all_labelled)
     epoch = steps_per_epoch(splits.train, config.data.batch_size)
@@ -56,20 +53,24 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     methods.freeze_all_but(backbone.model, trainable)
     config.method.calibrate(backbone.model, _losses(config, backbone, task, splits, device))
     precision.apply(config.precision, backbone.model, trainable)
+    entries = inventory(backbone.model, trainable)
     remat.apply(config.remat, backbone.block_modules)
     engine = config.engine.prepare(
         Work(
             model=backbone.model,
-            blocks=backbone.block_modules,
+            blocks={name: backbone.model.get_submodule(name) for name in backbone.blocks.values()},
             remembered=list(methods.remembered(backbone.model)),
             make_optimizer=functools.partial(optim.make_optimizer, config.optim),
-            clip_norm=config.optim.clip_norm,
+            optim=config.optim,
             precision=config.precision,
             device=device,
+            micro_batch_size=config.data.batch_size // (dist.world_size() * accumulation),
+            accumulation=accumulation,
+            skip_nonfinite=config.train.nonfinite == "skip",
         )
     )
     steps = config.train.total_steps(epoch)
-    return Built(weights, identity, splits, epoch, steps, backbone, trainable, task, engine)
+    return Built(weights, identity, splits, epoch, steps, backbone, trainable, entries, task, engine)
 
 
 def _fit(splits: Splits, backbone: Backbone) -> None:

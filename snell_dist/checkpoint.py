@@ -1,140 +1,298 @@
-"""Two kinds of file. A training checkpoint resumes a run; an adapter file is taken away from it.
+"""Training checkpoints: one format for every engine and any number of ranks, written by torch.distributed.checkpoint.
 
-A training checkpoint holds what trains and its optimizer state, keyed `model/<name>` and
-`optimizer/<name>/<state>`, whatever engine wrote it. The learning rate, the randomness and the place in
-the data are functions of the step. It appears under its name by one rename, so it is whole or absent.
+RUN/checkpoints/
+    step_00000200/       the state after 200 steps; appears by one rename, so it is whole or absent
+        __0_0.distcp ... .metadata    tensors, keyed `model/<name>`, `optimizer/<name>/<state>`, `ema/<name>`
+        meta.json        the rest: step, place in the data, engine, base, method; sizes and hashes of the files
+    latest               the name of the newest, moved last
+
+Randomness and learning rate are functions of (seed, step, rank) and of the step, and the order of the data of
+(seed, step), so none of them is state; meta.json says where they stood, for people.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import io
+import pickle
 import re
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from snell_dist import dist
+from snell_dist import dist, log
 from snell_dist.config import UserError
+from snell_dist.files import sha256, sync, write_atomic
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from snell_dist.methods import Method
-
-ADAPTER = "adapter.safetensors"
-FORMAT = "snell_dist adapter 1"
+FORMAT = "snell_dist checkpoint 2"
+FOLDER, LATEST, META = "checkpoints", "latest", "meta.json"
+NAME = re.compile(r"step_(\d{8})")
 
 
-def save(folder: Path, state: dict[str, Tensor], step: int, keep: int) -> None:
-    """Writes `checkpoints/step_N`, N steps done, then removes all but the newest `keep`."""
-    if dist.rank() == 0:
-        parent = folder / "checkpoints"
-        temporary, final = parent / f".tmp_step_{step:08d}", parent / f"step_{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_tensors(temporary / "state.safetensors", state, {"step": str(step)})
-        _sync(temporary)
-        if final.exists():  # the same step, written again after a resume from before it
-            shutil.rmtree(final)
-        temporary.replace(final)
-        _sync(parent)
-        for old in _finished(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+class Meta(BaseModel):
+    """What meta.json says. `files`: bytes and SHA-256 of each; `without_state`: trains, and has no optimizer state."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-def newest(folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """Steps done and the state after them, of the newest checkpoint; (0, {}) where there is none."""
-    done = _finished(folder)
-    if not done:
-        return 0, {}
-    return int(done[-1].name.removeprefix("step_")), read_tensors(done[-1] / "state.safetensors")
+    format: str = FORMAT
+    step: int  # done
+    steps: int
+    epoch: int
+    batch: int  # of that epoch, the next to come
+    seed: int
+    lr: float  # of the last step
+    engine: dict[str, Any]
+    world_size: int
+    base: str
+    base_sha256: str
+    method: dict[str, Any]
+    classes: list[str]
+    without_state: list[str] = []
+    files: dict[str, tuple[int, str]] = {}
 
 
 @dataclass(frozen=True)
-class Belongs:
-    """What an adapter file belongs to."""
+class Checkpoint:
+    """One that is complete. It satisfies `engines.Saved`."""
 
-    base: str
-    base_sha256: str
-    method: Method
-    classes: list[str]
+    path: Path
+    meta: Meta
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return _Reader(self.path).read_metadata()
+
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor."""
+        entries = self._metadata.state_dict_metadata
+        return {
+            key: (tuple(e.size), e.properties.dtype)
+            for key, e in entries.items()
+            if isinstance(e, TensorStorageMetadata)
+        }
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Fills these tensors, plain or sharded, in place; each rank reads what it needs, for itself."""
+        if not into:
+            return
+        try:
+            dcp.load(dict(into), storage_reader=_Reader(self.path), no_dist=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be read: {_reason(error)}") from None
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Whole tensors whose keys begin so, in host memory."""
+        into = {k: torch.empty(s, dtype=dtype) for k, (s, dtype) in self.specs().items() if k.startswith(prefix)}
+        self.read(into)
+        return into
+
+    def damage(self, contents: bool) -> str | None:
+        """What is wrong with its files; `contents`: their hashes as well as their sizes."""
+        for name, (size, digest) in self.meta.files.items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+            if contents and sha256(file) != digest:
+                return f"{name} has other contents than were written"
+        return None
+
+    def check(self, base_sha256: str, method: Mapping[str, Any]) -> None:
+        """UserError where it is of another base, or of a method with other settings."""
+        if self.meta.base_sha256 != base_sha256:
+            theirs = f"{self.meta.base} with weights {self.meta.base_sha256[:12]}"
+            raise UserError(f"{self.path}: belongs to {theirs}, and the weights here are {base_sha256[:12]}")
+        different = [k for k in {**self.meta.method, **method} if self.meta.method.get(k) != method.get(k)]
+        if different:
+            k = different[0]
+            said = f"method.{k} = {method.get(k)!r} here and {self.meta.method.get(k)!r} there"
+            raise UserError(f"{self.path}: was made with another method: {said}")
 
 
-def save_adapter(file: Path, model: nn.Module, names: Iterable[str], belongs: Belongs) -> None:
-    """The named tensors, which are all that the base lacks, and what they belong to."""
-    state = model.state_dict()
-    metadata = {
-        "format": FORMAT,
-        "base": belongs.base,
-        "base_sha256": belongs.base_sha256,
-        "method": belongs.method.model_dump_json(),
-        "classes": json.dumps(belongs.classes),
-    }
-    write_tensors(file, {name: state[name] for name in names}, metadata)
+def finished(folder: Path) -> list[Checkpoint]:
+    """The complete ones of a run folder, oldest first; what cannot be read is left out with a warning."""
+    found = []
+    places = (folder / FOLDER).glob("step_*") if (folder / FOLDER).is_dir() else ()
+    for path in sorted(p for p in places if NAME.fullmatch(p.name)):
+        try:
+            one = opened(path)
+            problem = one.damage(contents=False)
+        except UserError as error:
+            problem = str(error)
+        if problem:
+            log.warn(f"checkpoint {path} is damaged and left alone: {problem}")
+        else:
+            found.append(one)
+    return found
 
 
-def load_adapter(file: Path, model: nn.Module, base_sha256: str | None = None) -> None:
-    """Copies an adapter file into a model that the same method has adapted, in place.
-
-    Raises UserError where the file is damaged, is not an adapter, fits another model, or (with
-    `base_sha256`, see `anatomy.fingerprint`) was trained on other base weights.
-    """
-    tensors, metadata = read_tensors(file), read_metadata(file)
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{file}: not an adapter file of this version (format {metadata.get('format')!r}, not {FORMAT!r})"
-        )
-    if base_sha256 is not None and metadata["base_sha256"] != base_sha256:
-        theirs = f"{metadata['base']} with weights {metadata['base_sha256'][:12]}"
-        raise UserError(f"{file}: was trained on {theirs}, not {base_sha256[:12]}")
-    mine = model.state_dict()
-    for name, tensor in tensors.items():
-        if name not in mine or mine[name].shape != tensor.shape:
-            raise UserError(
-                f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}"
-            )
-    model.load_state_dict(tensors, strict=False)
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. UserError where it is missing or damaged."""
+def opened(path: Path) -> Checkpoint:
+    """UserError where it is none, or not complete."""
     try:
-        return load_file(file)
+        return Checkpoint(path, Meta.model_validate_json((path / META).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); was its copy cut off?") from None
+        raise UserError(f"{path}: is no training checkpoint (it has no {META})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path / META}: is not of this version ({where}: {first['msg'].lower()})") from None
+    except OSError as error:
+        raise UserError(f"{path / META}: {error.strerror}") from None
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest that is whole; the same on every rank."""
+    path = None
+    if dist.rank() == 0:
+        whole = finished(folder)
+        path = whole[-1].path if whole else None
+    path = dist.broadcast_object(path)
+    return None if path is None else opened(path)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or absent, on the disk when this returns."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-    _sync(temporary)
-    temporary.replace(file)
+@dataclass(frozen=True)
+class _Pending:
+    meta: Meta
+    temporary: Path
+    written: Future
 
 
-def _finished(folder: Path) -> list[Path]:
-    found = (folder / "checkpoints").glob("step_*")
-    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name))
+class Checkpoints:
+    """Writes those of one run folder, and keeps the newest few. All ranks call every method.
+
+    background: `save` copies the state and returns; the files are written while training goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
+        self._folder, self._keep, self._background = folder, keep, background
+        self._parent = folder / FOLDER
+        self._pending: _Pending | None = None
+        self._options: dict[str, Any] = {"no_dist": True}
+        if dist.world_size() > 1:  # of its own, since training uses the other one meanwhile
+            self._options = {"process_group": torch.distributed.new_group(backend="gloo")}
+
+    def save(self, state: Mapping[str, Tensor], meta: Meta) -> None:
+        """UserError, on every rank, where it cannot be written; older ones stay as they are."""
+        self.settle(wait=True)
+        temporary = dist.first_does(lambda: self._begin(meta.step))
+        writer = FileSystemWriter(temporary, sync_files=True)
+        if self._background:
+            written = dcp.async_save(dict(state), storage_writer=writer, **self._options)
+            assert isinstance(written, Future)
+            self._pending = _Pending(meta, temporary, written)
+        else:
+            with warnings.catch_warnings():  # that one process is alone
+                warnings.simplefilter("ignore", UserWarning)
+                self._publish(meta, temporary, lambda: dcp.save(dict(state), storage_writer=writer, **self._options))
+
+    def settle(self, wait: bool = False) -> None:
+        """Gives a checkpoint that was written in the background its name; `wait`: for the end of the writing."""
+        if self._pending is None:
+            return
+        done = self._pending.written.done()
+        if wait or dist.all_agree(done):
+            pending, self._pending = self._pending, None
+            self._publish(pending.meta, pending.temporary, pending.written.result)
+
+    def _begin(self, step: int) -> Path:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        for old in self._parent.glob(".tmp_*"):
+            shutil.rmtree(old)
+        temporary = self._parent / f".tmp_step_{step:08d}"
+        temporary.mkdir()
+        return temporary
+
+    def _publish(self, meta: Meta, temporary: Path, write: Callable[[], Metadata]) -> None:
+        try:
+            metadata = write()
+            files = {f.name: (f.stat().st_size, sha256(f)) for f in temporary.glob(f"__{dist.rank()}_*")}
+            problem = None
+        except Exception as error:
+            metadata, files, problem = None, {}, _reason(error)
+        everyone = dist.gather_objects((files, problem))
+        problems = [p for _, p in everyone if p]
+
+        def finish() -> None:
+            if problems:
+                shutil.rmtree(temporary, ignore_errors=True)
+                kept = [c.path.name for c in finished(self._folder)]
+                stays = f"{kept[-1]} stays whole" if kept else "there is none before it"
+                raise UserError(f"{temporary.parent}: cannot save step {meta.step}: {problems[0]}; {stays}")
+            assert metadata is not None
+            self._complete(meta, temporary, metadata, {k: v for f, _ in everyone for k, v in f.items()})
+
+        dist.first_does(finish)
+
+    def _complete(self, meta: Meta, temporary: Path, metadata: Metadata, files: dict[str, tuple[int, str]]) -> None:
+        keys = metadata.state_dict_metadata
+        stateful = {k.split("/")[1] for k in keys if k.startswith("optimizer/")}
+        without = [k.removeprefix("model/") for k in keys if k.startswith("model/") and k.split("/")[1] not in stateful]
+        said = temporary / ".metadata"
+        files |= {said.name: (said.stat().st_size, sha256(said))}
+        whole = meta.model_copy(update={"without_state": sorted(without), "files": dict(sorted(files.items()))})
+        write_atomic(temporary / META, whole.model_dump_json(indent=1))
+        sync(temporary)
+        final = self._parent / f"step_{meta.step:08d}"
+        if final.exists():  # the same step, written again after a resume from before it
+            shutil.rmtree(final)
+        temporary.replace(final)
+        write_atomic(self._parent / LATEST, f"{final.name}\n")
+        sync(self._parent)
+        for old in finished(self._folder)[: -self._keep]:
+            shutil.rmtree(old.path)
 
 
-def _sync(path: Path) -> None:
-    """Flushes a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _Reader(FileSystemReader):
+    """Executes nothing: the list of tensors is a pickle, of which only DCP's own records are taken."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        file = Path(self.path) / ".metadata"
+        try:
+            metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
+        except Exception as error:  # pickle's errors have no common class
+            raise UserError(f"{file}: is damaged or not of torch.distributed.checkpoint ({error})") from None
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    KNOWN: ClassVar = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size",),
+        "pathlib": ("PosixPath",),
+        "pathlib._local": ("PosixPath",),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in self.KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+
+def _reason(error: BaseException) -> str:
+    """In a few words; DCP wraps the errors of all ranks."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).partition("\n")[0] or type(error).__name__

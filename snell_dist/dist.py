@@ -10,10 +10,10 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from snell_dist.config import ConfigError, Problem, UserError, first_line
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+T = TypeVar("T")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def rank() -> int:
@@ -62,17 +63,29 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Joins the launcher's process group, if there is one, and leaves it at the end."""
     import torch.distributed as torch_dist
 
-    if world_size() == 1:
-        yield
-        return
-    try:
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"launcher: {first_line(error)} (start with torchrun, or unset WORLD_SIZE)") from None
+    if world_size() > 1:
+        try:
+            torch_dist.init_process_group(_backend(device))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"launcher: {first_line(error)} (start with torchrun, or unset WORLD_SIZE)") from None
     try:
         yield
     finally:
-        torch_dist.destroy_process_group()
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+def ensure_group(device: torch.device) -> None:
+    """A group of one where no launcher made any, for engines that want one."""
+    import torch.distributed as torch_dist
+
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(_backend(device), store=torch_dist.HashStore(), rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    """Checkpoints are written from host memory while training goes on, so there is always a gloo beside NCCL."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def leave(status: int) -> NoReturn:
@@ -103,6 +116,38 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     torch_dist.broadcast_object_list(box)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as torch_dist
+
+    box: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(box, value)
+    return box
+
+
+def first_does(action: Callable[[], T]) -> T:
+    """Rank 0 acts, and all get its result. UserError on every rank where it raised that or an OSError."""
+    found: Any = None
+    if rank() == 0:
+        try:
+            found = (action(), None)
+        except UserError as error:
+            found = (None, str(error))
+        except OSError as error:
+            found = (None, f"{error.filename}: {error.strerror}")
+    result, problem = broadcast_object(found)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def all_agree(value: bool) -> bool:
+    """Whether it is so on every rank."""
+    return all(gather_objects(value))
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -157,7 +202,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C until the end of the step; a second Ctrl-C stops at once."""
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the end of the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

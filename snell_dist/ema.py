@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from snell_dist.config import UserError
+
+if TYPE_CHECKING:
+    from snell_dist.engines import Saved
 
 
 class Average:
@@ -42,12 +46,12 @@ class Average:
         """The averages, keyed `ema/<name>`: what a resumed run needs."""
         return dict(self._averages)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, saved: Saved) -> None:
         """Takes up a checkpoint's averages. UserError where it has others than these."""
-        theirs = {key for key in state if key.startswith("ema/")}
+        theirs = {key for key in saved.specs() if key.startswith("ema/")}
         if theirs != self._averages.keys():
             raise UserError(f"checkpoint: has {len(theirs)} averages, this configuration {len(self._averages)}")
-        _copy(list(self._averages.values()), [state[key] for key in self._averages])
+        saved.read(self._averages)
 
 
 def _wide(tensor: Tensor) -> Tensor:

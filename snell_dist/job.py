@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 
-from snell_dist import dist, log, run_folder
+from snell_dist import adapter, dist, log, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
-from snell_dist.checkpoint import ADAPTER, load_adapter
 from snell_dist.config import ConfigError, Loaded, UserError, load
 from snell_dist.methods.full import Full
 from snell_dist.observers import trackers
@@ -44,7 +43,8 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
         with dist.process_group(device):
             built = build(config, _weights(config, out, device, (loaded.name,)), device)
             if folder is not None:
-                load_adapter(folder / ADAPTER, built.engine.model, built.fingerprint)
+                mine = built.engine.weights()
+                built.engine.load_weights(adapter.load(folder / adapter.ADAPTER, mine, built.fingerprint))
             return built.task.evaluate(built.engine, getattr(built.splits, split), config.data).metrics
     except ConfigError as error:
         raise loaded.locate(error) from None
@@ -102,4 +102,4 @@ def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...
                 raise Interrupted("interrupted in the training of the base; the same command goes on")
             place = outcome.folder
     assert place is not None
-    return str(place / ADAPTER)
+    return str(place / adapter.ADAPTER)

@@ -58,6 +58,10 @@ def info(message: str) -> None:
     LOGGER.info(message)
 
 
+def warn(message: str) -> None:
+    LOGGER.warning(message)
+
+
 @functools.cache
 def _console() -> Console:
     """One for messages and the progress bar, so that neither writes into the other.

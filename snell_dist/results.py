@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from snell_dist import dist
-from snell_dist.audit import entries
 from snell_dist.build import Built
 from snell_dist.evaluate import Measured
+from snell_dist.inventory import numbers
 from snell_dist.run_config import Run
 
 
@@ -17,15 +17,14 @@ def summary(
     config: Run, built: Built, test: Measured, val: Measured | None, chosen_step: int, seconds: Sequence[float]
 ) -> dict[str, Any]:
     """`val` is None where its images were trained on. `seconds`: of each training step."""
-    sizes = entries(built.engine.model)
     return {
         "method": config.method.name,
         "base": built.backbone.name,
         "base_weights": built.weights,
         "base_sha256": built.fingerprint,
         "protocol": card(config, built, chosen_step),
-        "trainable_parameters": sum(sizes[name] for name in built.trainable),
-        "parameters": sum(sizes.values()),
+        "trainable_parameters": numbers(built.inventory, trains=True),
+        "parameters": numbers(built.inventory),
         **{f"test_{name}": value for name, value in test.metrics.items()},
         "test_images": len(built.splits.test),
         "val_accuracy": val.metrics["accuracy"] if val else None,

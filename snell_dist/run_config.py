@@ -30,6 +30,10 @@ class Train(Section):
     eval_epochs: int | None = Field(None, ge=1, description="epochs between looks, besides or instead")
     eval_last_epochs: int = Field(0, ge=0, description="a look after each of so many last epochs, besides")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
+    save_in_background: bool = Field(False, description="write checkpoints while training goes on, from a copy")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="where the loss or the gradient is not finite: end the run, or leave the step out"
+    )
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="trackers that follow the run (extra trackers)"

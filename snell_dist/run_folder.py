@@ -28,6 +28,7 @@ import yaml
 
 from snell_dist import dist
 from snell_dist.config import PACKAGE, Section, UserError
+from snell_dist.files import write_atomic
 
 PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors", "pydantic")
 
@@ -170,16 +171,6 @@ def record_attempt(folder: Path, seed: int, device: str) -> None:
         }
     )
     write_atomic(file, json.dumps(attempts, indent=2))
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """The whole new text or the old one, whatever happens meanwhile."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, str]:

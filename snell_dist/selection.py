@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from snell_dist import dist
+from snell_dist.adapter import read_metadata, read_tensors, write_tensors
 from snell_dist.build import Built
-from snell_dist.checkpoint import read_metadata, read_tensors, write_tensors
 from snell_dist.ema import Average
+from snell_dist.engines import Saved
 from snell_dist.run_config import Run
 
 
@@ -52,19 +53,18 @@ class Selection:
         if not (done == self._built.steps if last else accuracy > self.accuracy):
             return
         self.step, self.accuracy = done, accuracy
-        state = {name: tensor for name, tensor in self._built.engine.state().items() if name.startswith("model/")}
-        if dist.rank() == 0:
-            write_tensors(self._file, state, {"step": str(done), "accuracy": repr(accuracy)})
-        dist.barrier()
+        said = {"step": str(done), "accuracy": repr(accuracy)}
+        weights = dict(self._built.engine.weights())
+        dist.first_does(lambda: write_tensors(self._file, weights, said))
 
     def restore(self) -> None:
         """Puts the selected weights in force, at the end of training."""
-        self._built.engine.load_state(read_tensors(self._file))
+        self._built.engine.load_weights(read_tensors(self._file))
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the file."""
         return self._average.state() if self._average else {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, saved: Saved) -> None:
         if self._average:
-            self._average.load_state(state)
+            self._average.load_state(saved)

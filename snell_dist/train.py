@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snell_dist import checkpoint, dist, log, mistakes, optim, results, run_folder
+from snell_dist import adapter, dist, log, mistakes, optim, results, run_folder
 from snell_dist.build import Built
+from snell_dist.checkpoint import Checkpoints, Meta, newest
 from snell_dist.config import UserError
 from snell_dist.evaluate import Measured
 from snell_dist.feed import Feed
@@ -38,11 +41,7 @@ class Outcome:
 def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outcome:
     """Trains in a run folder, from its newest checkpoint if it has one, to the end or to a request to stop."""
     selection = Selection(config, folder, built)
-    start, state = checkpoint.newest(folder)
-    if start:
-        built.engine.load_state(state)
-        selection.load_state(state)
-        log.info(f"resumed after step {start} of {built.steps}")
+    start = resume(config, folder, built, selection)
     timer, summary = StepTimer(device), dict[str, Any]()
     with ExitStack() as stack:
         stop = stack.enter_context(dist.StopRequest().listening())
@@ -60,6 +59,19 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
     return Outcome(folder, interrupted=False, summary=summary)
 
 
+def resume(config: Run, folder: Path, built: Built, selection: Selection) -> int:
+    """Takes up the newest checkpoint, whatever engine and number of ranks wrote it. Returns the steps done."""
+    found = newest(folder)
+    if found is None:
+        return 0
+    found.check(built.fingerprint, config.method.model_dump())
+    built.engine.load_state(found)
+    selection.load_state(found)
+    written = f"{found.meta.engine['name']} on {found.meta.world_size}"
+    log.info(f"resumed after step {found.meta.step} of {built.steps}, saved by {written}")
+    return found.meta.step
+
+
 def loop(
     config: Run,
     folder: Path,
@@ -73,6 +85,8 @@ def loop(
     """The training steps from `start` on. Returns the number of steps done."""
     cfg, engine, task, epoch = config.train, built.engine, built.task, built.steps_per_epoch
     telemetry = Telemetry(engine.device)
+    checkpoints = Checkpoints(folder, cfg.keep, cfg.save_in_background)
+    watched = config.method.watched(engine.model)
     feed = Feed(built.splits.train, config.data, cfg.seed, start, built.steps)
     engine.model.train()
     done = start
@@ -83,29 +97,32 @@ def loop(
         loss = task.step(engine, feed.step())
         if step == start:
             check_gradients(built)
+        gradients = {name: g for name, g in engine.gradients() if name in watched} if watched else {}
         lr = optim.lr_at(config.optim, step, built.steps, epoch)
         grad_norm = engine.step(lr)
-        task.after_step(engine.model)
-        config.method.after_step(engine.model, Place(step, built.steps, epoch))
-        engine.clear()
+        task.after_step(engine)
+        weights = dict(engine.weights(watched)) if watched else {}
+        config.method.after_step(engine.model, Place(step, built.steps, epoch), weights, gradients)
         selection.after_step()
         timer.stop()
 
         # what is said, looked at, saved
         done, metrics = step + 1, {}
-        last = done == built.steps
-        if done % cfg.log_every == 0 or last:
-            metrics = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
-            metrics |= pace(timer.drain()[-cfg.log_every :], feed.waited_s(), config.data.batch_size)
+        last, stopping = done == built.steps, stop.agreed(engine.device)
+        logs, saves = done % cfg.log_every == 0 or last, done % cfg.save_every == 0 or last or stopping
+        if logs or saves:  # nothing is saved before it is seen to be finite
+            figures = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
+            check_finite(cfg.nonfinite, figures, step)
+        if logs:
+            metrics = figures | pace(timer.drain()[-cfg.log_every :], feed.waited_s(), config.data.batch_size)
             metrics |= {"process_mib": process_mib(engine.device), **telemetry.read()}
-            check_finite(metrics["loss"], step)
         if cfg.looks(done, epoch):
             metrics |= selection.look(done)
         for observer in observers:
             observer.on_step(Moment(step, metrics))
-        stopping = stop.agreed(engine.device)
-        if last or stopping or done % cfg.save_every == 0:
-            checkpoint.save(folder, engine.state() | selection.state(), done, cfg.keep)
+        if saves:
+            checkpoints.save(engine.state() | selection.state(), meta(config, built, done, lr))
+        checkpoints.settle(wait=last or stopping)
         if stopping:
             break
     return done
@@ -123,10 +140,12 @@ def pace(seconds: list[float], waited_s: float, batch_size: int) -> dict[str, fl
 
 def check_gradients(built: Built) -> None:
     """After the first backward: every parameter that trains has a finite gradient, or the run is a mistake."""
-    parameters = dict(built.engine.model.named_parameters())
-    gradients = {name: parameters[name].grad for name in built.trainable}
-    without = [name for name, gradient in gradients.items() if gradient is None]
-    broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
+    without, broken = [], []
+    for name, gradient in built.engine.gradients():
+        if gradient is None:
+            without.append(name)
+        elif not gradient.isfinite().all():
+            broken.append(name)
     for names, what in ((without, "get no gradient"), (broken, "have a gradient that is not finite")):
         if names:
             raise UserError(
@@ -134,10 +153,31 @@ def check_gradients(built: Built) -> None:
             )
 
 
-def check_finite(loss: float, step: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        advice = "lower optim.lr or set optim.clip_norm; earlier checkpoints are kept"
-        raise UserError(f"the loss is {loss} at step {step + 1}: {advice}")
+def check_finite(policy: str, metrics: Mapping[str, float], step: int) -> None:
+    """UserError, or a warning where such steps are left out."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            said = f"{name} is {metrics[name]} at step {step + 1}"
+            if policy == "stop":
+                advice = "lower optim.lr or set optim.clip_norm; train.nonfinite=skip leaves such steps out"
+                raise UserError(f"{said}: {advice}; earlier checkpoints are kept")
+            log.warn(f"{said}: the step was left out")
+
+
+def meta(config: Run, built: Built, done: int, lr: float) -> Meta:
+    """What a checkpoint after `done` steps says of itself."""
+    epoch, batch = divmod(done, built.steps_per_epoch)
+    belongs = belongs_to(config, built)
+    return Meta(
+        step=done, steps=built.steps, epoch=epoch, batch=batch, seed=config.train.seed, lr=lr,
+        engine=config.engine.model_dump(), world_size=dist.world_size(), **asdict(belongs),
+    )  # fmt: skip
+
+
+def belongs_to(config: Run, built: Built) -> adapter.Belongs:
+    return adapter.Belongs(
+        built.backbone.name, built.fingerprint, config.method.model_dump(), list(built.splits.classes)
+    )
 
 
 def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Observer]:
@@ -149,12 +189,11 @@ def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Obse
 
 
 def _finish(config: Run, folder: Path, built: Built, test: Measured, summary: dict[str, Any]) -> None:
+    weights = dict(built.engine.weights())
     if dist.rank() == 0:
-        file, classes = folder / checkpoint.ADAPTER, built.splits.classes
-        belongs = checkpoint.Belongs(built.backbone.name, built.fingerprint, config.method, classes)
-        checkpoint.save_adapter(file, built.engine.model, built.saved, belongs)
+        adapter.save(folder / adapter.ADAPTER, weights, belongs_to(config, built))
         said = {"label": test.label, "predicted": test.predicted, "confidence": test.confidence}
-        checkpoint.write_tensors(folder / "test_predictions.safetensors", said, {})
-        mistakes.save(folder, built.splits.test, test, classes)
+        adapter.write_tensors(folder / "test_predictions.safetensors", said, {})
+        mistakes.save(folder, built.splits.test, test, built.splits.classes)
         run_folder.write_summary(folder, summary)
     dist.barrier()

@@ -8,13 +8,15 @@ import snell_dist
 ROOT = Path(snell_dist.__file__).parent
 FLOORS = [
     ["config"],
+    ["files"],
     ["dist"],
     ["log"],
     ["observers"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
+    ["inventory"],
     ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
-    ["checkpoint", "feed", "run_folder"],
+    ["adapter", "checkpoint", "feed", "run_folder"],
     ["data_tools", "evaluate"],
     ["mistakes"],
     ["tasks"],

@@ -1,11 +1,12 @@
 """Engines: who runs forward, backward and the optimizer step. One file an engine, found by its name.
 
-Engines know neither methods nor backbones: they get a model whose trainable parameters require gradients.
+Engines know neither methods nor backbones: they get a model whose trainable parameters require gradients. Where
+parameters are sharded, what an engine hands out is whole: `gradients` and `weights` gather, one tensor at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snell_dist.data import Batch
+    from snell_dist.optim import Optim
     from snell_dist.precision import Precision
 
     MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
@@ -26,12 +28,39 @@ class Work:
     """What an engine is given: a model whose frozen parameters need no gradient, and how to train it."""
 
     model: nn.Module
-    blocks: list[nn.Module]  # in order: the unit of sharding
+    blocks: Mapping[str, nn.Module]  # by name, in order: the unit of sharding
     remembered: list[str]  # buffers that a resumed run needs besides what trains
     make_optimizer: MakeOptimizer
-    clip_norm: float | None
+    optim: Optim
     precision: Precision
     device: torch.device
+    micro_batch_size: int
+    accumulation: int  # micro-batches of a step
+    skip_nonfinite: bool  # a step whose gradient norm is not finite leaves the weights as they are
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that an engine holds together. `gathered_bytes` exist only while it computes."""
+
+    name: str
+    trains: int  # numbers, over all ranks
+    frozen: int
+    dtypes: tuple[str, ...]
+    held_bytes: int  # of its parameters, on this rank
+    gathered_bytes: int
+
+
+class Saved(Protocol):
+    """A training checkpoint, whatever engine wrote it."""
+
+    def specs(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor in it, keyed as `Engine.state`."""
+        ...
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Fills these tensors, plain or sharded, in place."""
+        ...
 
 
 class Engine(Protocol):
@@ -51,18 +80,34 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self, lr: float) -> Tensor:
-        """Clips, and steps the optimizer at this learning rate. Returns the norm before clipping."""
+        """Clips, steps the optimizer at this learning rate, forgets the gradients. Returns the norm before clipping."""
         ...
 
-    def clear(self) -> None:
-        """Forgets the gradients, which stay after `step` for those who look at them."""
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Whole gradients of what trains, not clipped, between backward and step. All ranks take part to the end."""
+        ...
+
+    def weights(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of what trains and is remembered, or of those named. All ranks take part to the end."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes up whole tensors that `weights` gave, or some of them; the optimizer's state stays."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What trains, and its optimizer state: everything that a resumed run needs besides the step."""
+        """This rank's part of what a resumed run needs besides the step, sharded or whole."""
         ...
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
+    def load_state(self, saved: Saved) -> None:
+        """Takes up what any engine saved, on any number of ranks. UserError where it does not fit."""
+        ...
+
+    def held(self) -> Iterator[Tensor]:
+        """This rank's tensors that stay between steps: parameters, buffers, optimizer state."""
+        ...
+
+    def units(self) -> list[Unit]: ...
 
 
 class EngineSection(Section):
@@ -71,4 +116,5 @@ class EngineSection(Section):
     name: str
 
     def prepare(self, work: Work) -> Engine:
+        """ConfigError where the engine cannot do this work, or where its library is missing."""
         raise NotImplementedError

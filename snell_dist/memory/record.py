@@ -64,11 +64,8 @@ def process_mib(device: torch.device) -> float:
 
 def held_bytes(engine: Engine) -> int:
     """Bytes that stay between steps: parameters, buffers and optimizer state (gradients are cleared)."""
-    tensors = [*engine.model.parameters(), *engine.model.buffers()]
-    tensors += [value for key, value in engine.state().items() if key.startswith("optimizer/")]
-    return sum(
-        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
-    )
+    storages = [tensor.untyped_storage() for tensor in engine.held()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak_of(profiler: torch.profiler.profile) -> int:

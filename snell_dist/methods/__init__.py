@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from snell_dist.adapted import AdaptedLinear
 
+    Tensors = Mapping[str, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -61,8 +63,12 @@ class Method(Section):
     def calibrate(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> None:
         """For methods that choose what to train before they train it; each of the calls gives one batch's loss."""
 
-    def after_step(self, model: nn.Module, place: Place) -> None:
-        """For methods with a schedule of their own; gradients of the step are still there."""
+    def watched(self, model: nn.Module) -> list[str]:
+        """Parameters that `after_step` wants to see whole, with their gradients."""
+        return []
+
+    def after_step(self, model: nn.Module, place: Place, weights: Tensors, gradients: Tensors) -> None:
+        """For methods with a schedule of their own: what they watch, after the step, and its gradients before."""
 
 
 class BesidesMethod(Method):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snell_dist.adapted import AdaptedLinear
+    from snell_dist.methods import Tensors
     from snell_dist.ops import Allocator as Shares
     from snell_dist.ops import ThresholdState
 
@@ -89,13 +90,17 @@ class Snella(SparseKernelMethod):
 
         return self.sparsity if kept == UNTOUCHED else min(1 - kept / _size(layer), MOST)
 
-    def after_step(self, model: nn.Module, place: Place) -> None:
+    def watched(self, model: nn.Module) -> list[str]:
+        return [f"{name}.{f}" for name, _ in adapted_layers(model) for f in "ab"] if self.allocator else []
+
+    def after_step(self, model: nn.Module, place: Place, weights: Tensors, gradients: Tensors) -> None:
         if self.allocator is None:
             return
         layers = dict(adapted_layers(model))
         shares = self._shares(layers, place)
         for name, layer in layers.items():
-            for g, pairs in enumerate(_by_group(layer, [(layer.a, layer.a.grad), (layer.b, layer.b.grad)])):
+            factors = [(weights[f"{name}.{f}"], gradients[f"{name}.{f}"]) for f in "ab"]
+            for g, pairs in enumerate(_by_group(layer, factors)):
                 shares.observe(f"{name}.{g}", pairs)
         epoch, rest = divmod(place.step + 1, place.steps_per_epoch)
         if rest or epoch > (self.allocator.epochs or place.epochs):

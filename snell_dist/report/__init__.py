@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snell_dist import run_folder
-from snell_dist.checkpoint import read_tensors
+from snell_dist.adapter import read_tensors
 from snell_dist.config import UserError
 from snell_dist.report import charts
 

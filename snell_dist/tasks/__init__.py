@@ -32,7 +32,7 @@ class Task(Protocol):
         """The mean loss of one batch on a bare model, for methods that look before they train."""
         ...
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, engine: Engine) -> None:
         """Keeps parameters where the task wants them."""
         ...
 

@@ -100,7 +100,7 @@ class Classification:
         smoothing = 0.0 if labels.is_floating_point() else self.smoothing
         return cross_entropy(logits, labels, ignore_index=PADDING, label_smoothing=smoothing, reduction="sum")
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, engine: Engine) -> None:
         pass
 
     def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from snell_dist.engines import Engine
     from snell_dist.evaluate import Measured
 
+SCALE = "logit_scale"
 LARGEST_SCALE = math.log(100)  # CLIP's bound on the logarithm of its scale
 
 
@@ -73,11 +74,9 @@ class Contrast:
         images, texts, *scalars = model(batch.images, self._captions(batch.labels).to(batch.images.device))
         return own_rows(images, texts, images, texts, scalars, batch.labels != PADDING, 0, len(batch.labels))
 
-    def after_step(self, model: nn.Module) -> None:
-        import torch
-
-        with torch.no_grad():
-            model.get_parameter("logit_scale").clamp_(0, LARGEST_SCALE)
+    def after_step(self, engine: Engine) -> None:
+        for name, scale in engine.weights([SCALE]):
+            engine.load_weights({name: scale.clamp(0, LARGEST_SCALE)})
 
     def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:
         from snell_dist.evaluate import evaluate

@@ -1,0 +1,403 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al., 2020): what is divided among ranks instead of copied.
+
+stage 0   nothing (plain data parallelism)
+stage 1   the optimizer's state      2   gradients, too      3   parameters, too, the frozen base among them
+
+Of a frozen base only stage 3 has anything to divide: with few trained parameters stages 1 and 2 save little.
+DeepSpeed's JSON is derived from ours and logged; the optimizer, its schedule and clipping stay those of `optim`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from snell_dist import dist, log
+from snell_dist.config import ConfigError, Problem, first_line
+from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from snell_dist.data import Batch
+
+EXTRA = "snell_dist[deepspeed]"
+BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a recomputed block
+MOST_IN_BUCKET = 50_000_000  # elements
+BUCKETS = 4  # so many at least, that are reduced while backward goes on
+OWN = {
+    "train_batch_size": "data.batch_size",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+    "gradient_accumulation_steps": "data.micro_batch_size",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "fp16": "precision",
+    "bf16": "precision",
+    "torch_autocast": "precision.compute",
+    "activation_checkpointing": "remat",
+    "zero_allow_untested_optimizer": "engine",
+    "zero_force_ds_cpu_optimizer": "engine",
+    "steps_per_print": "train.log_every",
+}
+OWN_IN_ZERO = {
+    "stage": "engine.stage",
+    "offload_optimizer": "engine.offload_optimizer",
+    "offload_param": "engine.frozen",
+}
+
+
+class Zero(EngineSection):
+    name: Literal["zero"]
+    stage: Literal[0, 1, 2, 3] = Field(2, description="what is divided: nothing, optimizer, gradients, parameters")
+    frozen: Literal["replicate", "shard", "offload"] | None = Field(
+        None, description="where the frozen base is; null: as the stage has it (3: shard or offload, else replicate)"
+    )
+    offload_optimizer: bool = Field(False, description="keep the optimizer's state in host memory and step there")
+    nvme_path: str | None = Field(None, description="a folder on a fast disk to offload to, instead of host memory")
+    deepspeed_extra: dict[str, Any] = Field({}, description="more keys of DeepSpeed's JSON, passed on as they are")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Zero:
+        allowed = ("shard", "offload") if self.stage == 3 else ("replicate",)
+        if self.frozen not in (None, *allowed):
+            raise ValueError(f"frozen: {self.frozen}: stage {self.stage} allows {' or '.join(allowed)}")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+        if self.nvme_path and not (self.offload_optimizer or self.frozen == "offload"):
+            raise ValueError("nvme_path needs offload_optimizer: true or frozen: offload")
+        return self
+
+    def prepare(self, work: Work) -> Engine:
+        if work.device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides by it when it is imported
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        try:
+            import deepspeed
+        except ImportError:
+            message = f"needs DeepSpeed: pip install '{EXTRA}'"
+            raise ConfigError(Problem("engine.name", message, self.name)) from None
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._check(work, deepspeed.__version__)
+        dist.ensure_group(work.device)
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        config = self.derived(work)
+        self._check_extra(config)
+        log.info(f"DeepSpeed {deepspeed.__version__}: {json.dumps(config)}")
+        optimizer = work.make_optimizer((n, p) for n, p in work.model.named_parameters() if p.requires_grad)
+        try:
+            engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=config)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise ConfigError(Problem("engine", f"DeepSpeed refuses: {first_line(error)}")) from None
+        return ZeroEngine(work, engine, optimizer, self.stage)
+
+    def derived(self, work: Work) -> dict[str, Any]:
+        """DeepSpeed's configuration of this work."""
+        sizes = [p.numel() for p in work.model.parameters() if p.requires_grad]
+        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), *sizes, 1)
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        place = {"device": "nvme", "nvme_path": self.nvme_path} if self.nvme_path else {"device": "cpu"}
+        if work.device.type == "cuda":
+            place["pin_memory"] = True  # type: ignore[assignment]
+        if self.offload_optimizer:
+            zero["offload_optimizer"] = place
+        if self.frozen == "offload":
+            zero["offload_param"] = place
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": work.micro_batch_size,
+            "gradient_accumulation_steps": work.accumulation,
+            "gradient_clipping": work.optim.clip_norm or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # the optimizer stays torch's, offloaded or not
+            "steps_per_print": 2**31,
+            "zero_optimization": zero,
+        }
+        if work.precision.compute == "bfloat16":
+            # No module counts as safe for half-precision gradients: those of what trains stay float32.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        extra = dict(self.deepspeed_extra)
+        config["zero_optimization"] = zero | extra.pop("zero_optimization", {})
+        return config | extra
+
+    def _check(self, work: Work, version: str) -> None:
+        from packaging.version import Version
+
+        if self.stage == 3 and Version(version) <= Version(BROKEN):
+            message = (
+                f"DeepSpeed {version} fails on frozen parameters in recomputed blocks (allowed: above {BROKEN});"
+                f" pip install --upgrade '{EXTRA}'"
+            )
+            raise ConfigError(Problem("engine.stage", message, self.stage))
+        if self.stage == 3 and work.precision.frozen in ("int8", "nf4"):
+            message = "cannot be sharded: use engine.stage 0, 1 or 2, or float32 or bfloat16 here"
+            raise ConfigError(Problem("precision.frozen", message, work.precision.frozen))
+        if self.stage > 0 and work.optim.name == "adamw8bit":
+            message = "cannot be divided among ranks: use adamw, or engine.stage=0"
+            raise ConfigError(Problem("optim.name", message, work.optim.name))
+        if self.stage == 3 and work.optim.ema_decay:
+            message = "no moving average of what ZeRO-3 divides: use engine.name=fsdp, or engine.stage 0, 1 or 2"
+            raise ConfigError(Problem("optim.ema_decay", message, work.optim.ema_decay))
+
+    def _check_extra(self, config: dict[str, Any]) -> None:
+        """Refuses keys that we own and keys that DeepSpeed does not read (it ignores a misspelt one silently)."""
+        key = "engine.deepspeed_extra"
+        problems = [Problem(f"{key}.{k}", f"is ours: say {OWN[k]}") for k in self.deepspeed_extra if k in OWN]
+        inside = self.deepspeed_extra.get("zero_optimization", {})
+        problems += [
+            Problem(f"{key}.zero_optimization.{k}", f"is ours: say {ours}" if ours else "is ours, from what trains")
+            for k, ours in OWN_IN_ZERO.items()
+            if k in inside
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        known = _Asked(config)
+        try:
+            DeepSpeedConfig(known)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(Problem(key, f"DeepSpeed refuses: {_plain(error)}")) from None
+        unknown = [k for k in self.deepspeed_extra if k not in known.asked]
+        problems = []
+        for k in unknown:
+            near = difflib.get_close_matches(k, known.asked, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(Problem(f"{key}.{k}", f"DeepSpeed does not know this key{hint}"))
+        if problems:
+            raise ConfigError(*problems)
+
+
+class _Asked(dict):
+    """A dict that remembers which keys it was asked for: DeepSpeed has no list of the keys that it reads."""
+
+    def __init__(self, content: Mapping[str, Any], asked: set[str] | None = None) -> None:
+        super().__init__(content)
+        self.asked = set() if asked is None else asked
+
+    def __copy__(self) -> _Asked:
+        return _Asked(self, self.asked)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add(str(key))
+        return super().get(key, default)
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(str(key))
+        return super().__getitem__(key)
+
+    def keys(self) -> _Asked:  # type: ignore[override]
+        return self
+
+
+def _plain(error: Exception) -> str:
+    """pydantic says the key in one line and what is wrong in the next."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in errors())
+
+
+class ZeroEngine:
+    """See `Engine` for the contract. What DeepSpeed divides is handed out whole, one tensor at a time."""
+
+    def __init__(self, work: Work, engine: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
+        self.model, self.device = work.model, work.device
+        self._engine, self._inner, self._stage = engine, optimizer, stage
+        self._blocks, self._skips = work.blocks, work.skip_nonfinite
+        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._remembered = {name: self.model.get_buffer(name) for name in work.remembered}
+
+    def accumulate(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._engine.set_gradient_accumulation_boundary(batch.last)
+            yield batch.to(self.device)
+
+    def forward(self, *inputs: Any) -> Any:
+        import torch
+        from torch.utils._pytree import tree_map_only
+
+        return tree_map_only(torch.Tensor, lambda t: t.float(), self._engine(*inputs))
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)  # the loss is the mean over the whole batch already
+
+    def step(self, lr: float) -> Tensor:
+        import torch
+
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+        if self._stage:  # skips by itself where the norm is not finite
+            self._engine.step()
+            return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        if self._skips and not norm.isfinite():
+            self._inner.zero_grad()
+        self._engine.step()
+        return norm
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self._named.items():
+            yield name, safe_get_full_grad(parameter) if self._stage else parameter.grad
+
+    def weights(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in (self._named | self._remembered).items():
+            if only is None or name in only:
+                yield name, self._weight(self._named[name]) if name in self._named else tensor
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            if name in self._remembered:
+                self._remembered[name].copy_(tensor)
+            else:
+                self._set_weight(self._named[name], tensor)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every rank takes part in gathering each tensor, and one keeps it, in host memory."""
+        state: dict[str, Tensor] = {}
+        for i, (name, parameter) in enumerate(self._named.items()):
+            own = {f"model/{name}": self._weight(parameter)}
+            for key, value in self._optimizer_state(parameter):
+                own[f"optimizer/{name}/{key}"] = value
+            if i % dist.world_size() == dist.rank():
+                state |= {key: value.detach().cpu().clone() for key, value in own.items()}
+        if dist.rank() == 0:
+            state |= {f"model/{name}": tensor for name, tensor in self._remembered.items()}
+        return state
+
+    def load_state(self, saved: Saved) -> None:
+        import torch
+
+        from snell_dist.engines._torch import check_names, of_optimizer
+
+        specs = saved.specs()
+        check_names([f"model/{name}" for name in (*self._named, *self._remembered)], specs)
+        saved.read({f"model/{name}": tensor for name, tensor in self._remembered.items()})
+        states = {name: dict(of_optimizer(specs, name)) for name in self._named}
+        self._make_states(saved, states)
+        for name, parameter in self._named.items():
+            into = {f"optimizer/{name}/{key}": spec for key, spec in states[name].items()}
+            tensors = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in into.items()}
+            shape, dtype = specs[f"model/{name}"]
+            tensors[f"model/{name}"] = torch.empty(shape, dtype=dtype)
+            saved.read(tensors)
+            self._set_weight(parameter, tensors[f"model/{name}"])
+            for key in states[name]:
+                self._set_state(parameter, key, tensors[f"optimizer/{name}/{key}"])
+
+    def held(self) -> Iterator[Tensor]:
+        for parameter in self.model.parameters():
+            yield getattr(parameter, "ds_tensor", parameter)
+        yield from self.model.buffers()
+        if self._stage:
+            yield from self._flat()
+        for state in self._inner.state.values():
+            yield from (value for value in state.values() if hasattr(value, "untyped_storage"))
+
+    def units(self) -> list[Unit]:
+        if self._stage < 3:
+            return [_unit("model", list(self.model.parameters()))]
+        groups = {name: list(block.parameters()) for name, block in self._blocks.items()}
+        inside = {id(p) for parameters in groups.values() for p in parameters}
+        groups["the rest"] = [p for p in self.model.parameters() if id(p) not in inside]
+        return [_unit(name, parameters) for name, parameters in groups.items()]
+
+    # What DeepSpeed's stages do to one parameter.
+
+    def _flat(self) -> list[Tensor]:
+        """This rank's flat float32 partitions, which the inner optimizer steps."""
+        zero = self._engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter) if self._stage == 3 else parameter.detach()
+
+    def _optimizer_state(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        import torch
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = self._inner.state[self._flat()[0] if self._stage else parameter]
+        for key, value in states.items():
+            if value is None:  # SGD before its first step
+                continue
+            divided = self._stage and isinstance(value, torch.Tensor) and value.ndim
+            yield key, safe_get_full_optimizer_state(parameter, key) if divided else torch.as_tensor(value)
+
+    def _make_states(self, saved: Saved, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """DeepSpeed makes the optimizer's state with the first step only; here it is made to be filled."""
+        import torch
+
+        if not self._stage:
+            return
+        name, first = next(iter(states.items()))
+        scalars = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in first.items() if key == "step"}
+        saved.read({f"optimizer/{name}/{key}": tensor for key, tensor in scalars.items()})
+        for flat in self._flat():
+            self._inner.state[flat] = {
+                key: scalars[key].clone() if key in scalars else torch.zeros_like(flat) for key in first
+            }
+        if self._stage < 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_weight(self, parameter: nn.Parameter, tensor: Tensor) -> None:
+        import torch
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with torch.no_grad():
+            if self._stage == 3:
+                part = _part(parameter, tensor)
+                safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.data.copy_(part)  # type: ignore[attr-defined]  # what forward gathers
+                if parameter.numel():  # one that stays gathered
+                    parameter.data.copy_(tensor)
+                return
+            if self._stage:
+                safe_set_full_fp32_param(parameter, tensor.to(self.device))
+            parameter.data.copy_(tensor)
+
+    def _set_state(self, parameter: nn.Parameter, key: str, tensor: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not self._stage:
+            place = "cpu" if key == "step" else self.device
+            self._inner.state[parameter][key] = tensor.to(place)
+        elif key != "step" and self._stage == 3:
+            safe_set_local_optimizer_state(parameter, _part(parameter, tensor), key)
+        elif key != "step":
+            safe_set_full_optimizer_state(parameter, tensor.to(self.device), key)
+
+
+def _part(parameter: Any, tensor: Tensor) -> Tensor:
+    """This rank's partition of a whole tensor; the last ones are padded."""
+    size = parameter.ds_tensor.numel()
+    padded = tensor.new_zeros(size * dist.world_size())
+    padded[: tensor.numel()] = tensor.flatten()
+    return padded[dist.rank() * size :][:size]
+
+
+def _unit(name: str, parameters: list[Any]) -> Unit:
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in parameters}
+    divided = [p for p in parameters if hasattr(p, "ds_tensor")]
+    return Unit(
+        name,
+        trains=sum(sizes[id(p)] for p in parameters if p.requires_grad),
+        frozen=sum(sizes[id(p)] for p in parameters if not p.requires_grad),
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        held_bytes=sum(getattr(p, "ds_tensor", p).nbytes for p in parameters),
+        gathered_bytes=sum(sizes[id(p)] * p.element_size() for p in divided),
+    )
