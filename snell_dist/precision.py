@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Precision(Section):
-    compute: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products (autocast)")
+    compute: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="of matrix products; bfloat16: autocast; float64: everything, to check with"
+    )
     frozen: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
         "float32", description="how frozen matrices are stored; int8 and nf4 (4 bits): those of linear layers"
     )
@@ -28,8 +30,11 @@ class Precision(Section):
     @field_validator("frozen")
     @classmethod
     def _fits(cls, frozen: str, info: ValidationInfo) -> str:
-        if frozen == "bfloat16" and info.data.get("compute") == "float32":
+        compute = info.data.get("compute")
+        if frozen == "bfloat16" and compute != "bfloat16":
             raise ValueError("needs compute: bfloat16, since products take one dtype")
+        if frozen in ("int8", "nf4") and compute == "float64":
+            raise ValueError("does not go with compute: float64, which is to check with")
         return frozen
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
@@ -50,7 +55,8 @@ def apply(precision: Precision, model: nn.Module, trainable: Iterable[str]) -> N
     from snell_dist.packed import PackedLinear
 
     kind = precision.frozen if precision.frozen in ("int8", "nf4") else None
-    dtype = torch.float32 if precision.frozen == "float32" else getattr(torch, precision.compute)
+    wide = torch.float64 if precision.compute == "float64" else torch.float32
+    dtype = wide if precision.frozen == "float32" else getattr(torch, precision.compute)
     matrices = nn.Linear, nn.Conv2d, nn.Embedding
     first = {id(parameter): name for name, parameter in model.named_parameters()}  # a shared one has many names
     trains = set(trainable)
@@ -63,4 +69,4 @@ def apply(precision: Precision, model: nn.Module, trainable: Iterable[str]) -> N
                 parent, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, PackedLinear(module, kind))
             else:
-                parameter.data = parameter.data.to(dtype if stored else torch.float32)
+                parameter.data = parameter.data.to(dtype if stored else wide)

@@ -74,7 +74,7 @@ class Engine(Protocol):
         ...
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's outputs, in float32: images [B, C, H, W] to logits [B, classes], for a classifier."""
+        """The model's outputs, in float32 (float64 where all is): images [B, C, H, W] to logits [B, classes], for a classifier."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
@@ -101,6 +101,10 @@ class Engine(Protocol):
 
     def load_state(self, saved: Saved) -> None:
         """Takes up what any engine saved, on any number of ranks. UserError where it does not fit."""
+        ...
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of each frozen parameter."""
         ...
 
     def held(self) -> Iterator[Tensor]:

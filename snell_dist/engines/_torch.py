@@ -53,9 +53,12 @@ class TorchEngine:
     def forward(self, *inputs: Any) -> Any:
         from torch.utils._pytree import tree_map_only
 
+        exact = self._precision.compute == "float64"
+        if exact:
+            inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
         with self._precision.autocast(self.device):
             outputs = self._run(*inputs)
-        return tree_map_only(Tensor, lambda t: t.float(), outputs)
+        return tree_map_only(Tensor, Tensor.double if exact else Tensor.float, outputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -112,6 +115,11 @@ class TorchEngine:
                 into[f"optimizer/{name}/{key}"] = state[key]
             self._optimizer.state[parameter] = state
         saved.read(into)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                yield name, part(parameter.detach())
 
     def held(self) -> Iterator[Tensor]:
         for tensor in (*self.model.parameters(), *self.model.buffers()):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EXTRA = "snell_dist[deepspeed]"
 BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a recomputed block
 MOST_IN_BUCKET = 50_000_000  # elements
+ALIGNED = 1024  # elements of a bucket are a multiple of it
 BUCKETS = 4  # so many at least, that are reduced while backward goes on
 OWN = {
     "train_batch_size": "data.batch_size",
@@ -101,7 +102,8 @@ class Zero(EngineSection):
     def derived(self, work: Work) -> dict[str, Any]:
         """DeepSpeed's configuration of this work."""
         sizes = [p.numel() for p in work.model.parameters() if p.requires_grad]
-        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), *sizes, 1)
+        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), *sizes)
+        bucket = -(-bucket // ALIGNED) * ALIGNED
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         place = {"device": "nvme", "nvme_path": self.nvme_path} if self.nvme_path else {"device": "cpu"}
         if work.device.type == "cuda":
@@ -135,6 +137,8 @@ class Zero(EngineSection):
                 f" pip install --upgrade '{EXTRA}'"
             )
             raise ConfigError(Problem("engine.stage", message, self.stage))
+        if work.precision.compute == "float64":
+            raise ConfigError(Problem("precision.compute", "DeepSpeed reduces no float64: use another engine", "float64"))
         if self.stage == 3 and work.precision.frozen in ("int8", "nf4"):
             message = "cannot be sharded: use engine.stage 0, 1 or 2, or float32 or bfloat16 here"
             raise ConfigError(Problem("precision.frozen", message, work.precision.frozen))
@@ -227,7 +231,7 @@ class ZeroEngine:
         import torch
         from torch.utils._pytree import tree_map_only
 
-        return tree_map_only(torch.Tensor, lambda t: t.float(), self._engine(*inputs))
+        return tree_map_only(torch.Tensor, torch.Tensor.float, self._engine(*inputs))
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)  # the loss is the mean over the whole batch already
@@ -296,6 +300,11 @@ class ZeroEngine:
             self._set_weight(parameter, tensors[f"model/{name}"])
             for key in states[name]:
                 self._set_state(parameter, key, tensors[f"optimizer/{name}/{key}"])
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                yield name, getattr(parameter, "ds_tensor", parameter.detach())
 
     def held(self) -> Iterator[Tensor]:
         for parameter in self.model.parameters():

@@ -70,7 +70,7 @@ class Classification:
             logits = engine.forward(batch.images)  # [B, C, H, W] to [B, classes]
             share = self._total(logits, batch.labels) / batch.total
             engine.backward(share * dist.world_size())  # engines average over ranks
-            loss += share.detach()
+            loss = loss + share.detach()
         return loss
 
     def mixed(self, batch: Batch) -> Batch:

@@ -1,0 +1,146 @@
+"""A few training steps under each of several settings, in one group of processes, written down to be compared.
+
+    torchrun --nproc-per-node=2 -m snell_dist.doctor.trace PLAN.json
+
+Without torchrun one process makes the same steps, with as many micro-batches as there are ranks and pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snell_dist import dist, log, optim
+from snell_dist.adapter import write_tensors
+from snell_dist.build import Built, build
+from snell_dist.config import UserError, load
+from snell_dist.feed import Feed
+from snell_dist.methods import Place
+from snell_dist.run_config import Run
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides of the configuration, and a name that can be a file's."""
+
+    name: str
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: str
+    cases: list[Case]
+    steps: int
+    out: Path
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self) | {"out": str(self.out)}))
+
+    @staticmethod
+    def read(file: Path) -> Plan:
+        said = json.loads(file.read_text())
+        return Plan(said["config"], [Case(**case) for case in said["cases"]], said["steps"], Path(said["out"]))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a case did; its trained tensors lie beside it. `refused`: why it could not begin."""
+
+    name: str
+    refused: str | None = None
+    losses: list[float] | None = None
+    norms: list[float] | None = None
+    without_gradient: list[str] | None = None
+    frozen_moved: bool | None = None
+    seconds: float = 0.0
+
+
+def follow(plan: Plan) -> None:
+    """Runs every case; rank 0 writes OUT/<case>.json and .safetensors."""
+    device = dist.pick_device("cpu" if not torch.cuda.is_available() else "cuda")
+    with dist.process_group(device):
+        for case in plan.cases:
+            if (plan.out / f"{case.name}.json").exists():
+                continue
+            begin = time.perf_counter()
+            try:
+                config = quiet(load(plan.config, case.overrides, Run).config)
+                said, weights = steps(config, build(config, config.backbone.weights, device), plan.steps)
+            except UserError as error:
+                said, weights = {"refused": str(error).splitlines()[0]}, {}
+            trace = Trace(case.name, seconds=time.perf_counter() - begin, **said)
+            if dist.rank() == 0:
+                write_tensors(plan.out / f"{case.name}.safetensors", weights, {})
+                (plan.out / f"{case.name}.json").write_text(json.dumps(asdict(trace)))
+            dist.barrier()
+
+
+def steps(config: Run, built: Built, count: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The loop's steps without what surrounds them."""
+    engine, frozen = built.engine, digest(built)
+    feed = Feed(built.splits.train, config.data, config.train.seed, 0, count)
+    watched = config.method.watched(engine.model)
+    losses, norms, without = [], [], []
+    engine.model.train()
+    for step in range(count):
+        dist.seed_everything(config.train.seed, step, dist.rank())
+        loss = built.task.step(engine, feed.step())
+        gradients = {}
+        for name, gradient in engine.gradients() if step == 0 or watched else ():
+            if gradient is None:
+                without.append(name)
+            elif name in watched:
+                gradients[name] = gradient.clone()
+        norm = engine.step(optim.lr_at(config.optim, step, built.steps, built.steps_per_epoch))
+        built.task.after_step(engine)
+        weights = dict(engine.weights(watched)) if watched else {}
+        config.method.after_step(engine.model, Place(step, built.steps, built.steps_per_epoch), weights, gradients)
+        losses.append(dist.sum_over_ranks(loss).item())
+        norms.append(norm.item())
+    moved = dist.gather_objects(digest(built) != frozen)
+    said = {"losses": losses, "norms": norms, "without_gradient": without, "frozen_moved": any(moved)}
+    return said, {name: tensor.detach().cpu().clone() for name, tensor in engine.weights()}
+
+
+def digest(built: Built) -> str:
+    """SHA-256 of this rank's part of the frozen parameters."""
+    found = hashlib.sha256()
+    for name, tensor in built.engine.frozen():
+        found.update(name.encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return found.hexdigest()
+
+
+def quiet(config: Run) -> Run:
+    """Without what each rank draws for itself."""
+    parts: dict[str, Any] = {}
+    for section, fields in {"method": ["dropout", "drop_path"], "backbone": ["drop_path"]}.items():
+        had = getattr(config, section)
+        off = {field: 0.0 for field in fields if getattr(had, field, 0)}
+        parts[section] = had.model_copy(update=off)
+    mixing = {field: 0.0 for field in ("mixup", "cutmix") if getattr(config.task, field, 0)}
+    return config.model_copy(update=parts | {"task": config.task.model_copy(update=mixing)})
+
+
+def difference(one: float, other: float) -> float:
+    """Relative; infinite where either is not finite."""
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.inf
+    return abs(one - other) / max(abs(other), 1e-30)
+
+
+if __name__ == "__main__":
+    log.set_up()
+    log.LOGGER.setLevel("WARNING")
+    follow(Plan.read(Path(sys.argv[1])))
+    dist.leave(0)
