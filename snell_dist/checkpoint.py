@@ -28,7 +28,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from snell_dist import dist, log
@@ -38,6 +38,7 @@ from snell_dist.files import sha256, sync, write_atomic
 FORMAT = "snell_dist checkpoint 2"
 FOLDER, LATEST, META = "checkpoints", "latest", "meta.json"
 NAME = re.compile(r"step_(\d{8})")
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 class Meta(BaseModel):
@@ -88,7 +89,7 @@ class Checkpoint:
             return
         try:
             dcp.load(dict(into), storage_reader=_Reader(self.path), no_dist=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (Exception, CheckpointException) as error:
             raise UserError(f"{self.path}: cannot be read: {_reason(error)}") from None
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -193,9 +194,7 @@ class Checkpoints:
             assert isinstance(written, Future)
             self._pending = _Pending(meta, temporary, written)
         else:
-            with warnings.catch_warnings():  # that one process is alone
-                warnings.simplefilter("ignore", UserWarning)
-                self._publish(meta, temporary, lambda: dcp.save(dict(state), storage_writer=writer, **self._options))
+            self._publish(meta, temporary, lambda: dcp.save(dict(state), storage_writer=writer, **self._options))
 
     def settle(self, wait: bool = False) -> None:
         """Gives a checkpoint that was written in the background its name; `wait`: for the end of the writing."""
@@ -219,7 +218,7 @@ class Checkpoints:
             metadata = write()
             files = {f.name: (f.stat().st_size, sha256(f)) for f in temporary.glob(f"__{dist.rank()}_*")}
             problem = None
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
             metadata, files, problem = None, {}, _reason(error)
         everyone = dist.gather_objects((files, problem))
         problems = [p for _, p in everyone if p]
@@ -229,7 +228,8 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 kept = [c.path.name for c in finished(self._folder)]
                 stays = f"{kept[-1]} stays whole" if kept else "there is none before it"
-                raise UserError(f"{temporary.parent}: cannot save step {meta.step}: {problems[0]}; {stays}")
+                free = f"{shutil.disk_usage(self._parent).free / 2**20:,.0f} MiB are free there"
+                raise UserError(f"{self._parent}: cannot save step {meta.step}: {problems[0]} ({free}); {stays}")
             assert metadata is not None
             self._complete(meta, temporary, metadata, {k: v for f, _ in everyone for k, v in f.items()})
 
@@ -295,4 +295,6 @@ def _reason(error: BaseException) -> str:
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if "unexpected pos" in str(error):  # torch.save hides what the disk said
+        return "a file was cut short"
     return str(error).partition("\n")[0] or type(error).__name__

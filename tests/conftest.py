@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snell_dist.checkpoint import ADAPTER
+from snell_dist.adapter import ADAPTER
+from snell_dist.checkpoint import Checkpoint, Checkpoints, Meta, newest
 from snell_dist.config import load
 from snell_dist.job import run
 from snell_dist.run_config import Run
@@ -57,6 +58,20 @@ def trained(folder: Path | None) -> dict:
     """The tensors of a finished run's adapter file."""
     assert folder is not None
     return load_file(folder / ADAPTER)
+
+
+def saved(folder: Path, state: dict[str, torch.Tensor], step: int = 1, keep: int = 2, **said: object) -> Checkpoint:
+    """A checkpoint of this state, written and opened again."""
+    Checkpoints(folder, keep).save(state, meta(step, **said))
+    found = newest(folder)
+    assert found is not None
+    return found
+
+
+def meta(step: int, **said: object) -> Meta:
+    about = {"steps": 9, "epoch": 0, "batch": step, "seed": 0, "lr": 0.1, "engine": {"name": "ddp"}, "world_size": 1}
+    belongs = {"base": "a model", "base_sha256": "0" * 64, "method": {"name": "snell", "rank": 4}, "classes": ["one"]}
+    return Meta.model_validate({"step": step, **about, **belongs, **said})
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

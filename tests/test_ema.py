@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
+from conftest import saved
 from timm.utils import ModelEmaV2
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -87,23 +88,20 @@ def test_in_force_the_model_is_the_average_and_then_itself_again() -> None:
 
 
 def test_a_resumed_average_goes_on_to_the_last_bit(tmp_path: Path) -> None:
-    from snell_dist import checkpoint
-
     model = network()
     first = Average(dict(model.named_parameters()), DECAY)
     for count in range(3):
         moves(model, count)
         first.update()
-    checkpoint.write_tensors(tmp_path / "state", first.state(), {})
     again = Average(dict(model.named_parameters()), DECAY)
-    again.load_state(checkpoint.read_tensors(tmp_path / "state"))
+    again.load_state(saved(tmp_path, first.state()))
     moves(model, 3)
     for average in (first, again):
         average.update()
     for name, tensor in first.state().items():
         assert torch.equal(tensor, again.state()[name])
     with pytest.raises(UserError, match="has 0 averages, this configuration 4"):
-        again.load_state({"model/0.weight": torch.zeros(8, 6)})
+        again.load_state(saved(tmp_path, {"model/0.weight": torch.zeros(8, 6)}, 2))
 
 
 def test_sharded_parameters_average_where_they_lie(tmp_path: Path) -> None:

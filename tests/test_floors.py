@@ -24,13 +24,13 @@ FLOORS = [
     ["build"],
     ["audit", "describe"],
     ["results", "selection"],
-    ["train"],
+    ["doctor", "train"],
     ["job", "report"],
     ["benchmarks"],
     ["cli"],
     ["__main__"],
 ]
-WHOLES = "benchmarks", "data_tools", "ops", "report", "weights"  # folders whose files are parts of one thing
+WHOLES = "benchmarks", "data_tools", "doctor", "ops", "report", "weights"  # folders whose files are parts of one thing
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import digest
+from conftest import digest, saved
 
 from snell_dist import methods
 from snell_dist.anatomy import linears
@@ -79,8 +79,7 @@ def steps(config: Run, made: Built, count: int = 3) -> list[float]:
         if step == 0:
             check_gradients(made)
         made.engine.step(config.optim.lr)
-        made.task.after_step(made.engine.model)
-        made.engine.clear()
+        made.task.after_step(made.engine)
     return losses
 
 
@@ -161,17 +160,13 @@ def test_half_precision_trains_float32_parameters(family: str, method: str, stor
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_a_run_saves_what_trains_and_goes_on_exactly(family: str, method: str, tmp_path: Path) -> None:
-    from snell_dist import checkpoint
-
     config = configured(family, method)
     made = built(config)
     steps(config, made, 2)
-    checkpoint.save(tmp_path, made.engine.state(), 2, keep=1)
+    found = saved(tmp_path, made.engine.state(), 2)
     losses = steps(config, made)
     again = built(config)
-    done, state = checkpoint.newest(tmp_path)
-    assert done == 2
-    again.engine.load_state(state)
+    again.engine.load_state(found)
     assert steps(config, again) == losses
     assert all(torch.equal(tensor, trained(made)[name]) for name, tensor in trained(again).items())
 

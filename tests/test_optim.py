@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import saved
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from snell_dist.config import ConfigError, check
-from snell_dist.engines import Work
-from snell_dist.engines.ddp import Ddp, DdpEngine
+from snell_dist.engines import Engine, Work
+from snell_dist.engines.ddp import Ddp
 from snell_dist.optim import Optim, lr_at, make_optimizer
 from snell_dist.precision import Precision
 
@@ -117,14 +118,15 @@ def test_what_does_not_fit_is_said_in_one_line(said: dict[str, Any], problem: st
     assert "\n" not in str(caught.value)
 
 
-def engine(optim: Optim) -> DdpEngine:
+def engine(optim: Optim) -> Engine:
     """A small model of matrices above and below 8-bit AdamW's 4,096 entries, and vectors."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 64), nn.GELU(), nn.Linear(64, 5))
     return Ddp(name="ddp").prepare(
         Work(
-            model=model, blocks=[], remembered=[], make_optimizer=lambda named: make_optimizer(optim, named),
-            clip_norm=None, precision=Precision(), device=torch.device("cpu"),
+            model=model, blocks={}, remembered=[], make_optimizer=lambda named: make_optimizer(optim, named),
+            optim=optim, precision=Precision(), device=torch.device("cpu"), micro_batch_size=16, accumulation=1,
+            skip_nonfinite=False,
         )
     )  # fmt: skip
 
@@ -134,26 +136,22 @@ def loss(model: nn.Module, step: int) -> Tensor:
     return cross_entropy(model(torch.randn(16, 80, generator=drawn)), torch.randint(5, (16,), generator=drawn))
 
 
-def steps(made: DdpEngine, start: int, stop: int) -> list[float]:
+def steps(made: Engine, start: int, stop: int) -> list[float]:
     losses = []
     for step in range(start, stop):
         found = loss(made.model, step)
         made.backward(found)
         made.step(0.01 / (step + 1))
-        made.clear()
         losses.append(found.item())
     return losses
 
 
 @pytest.mark.parametrize("settings", [{"name": name} for name in NAMES] + [{"name": "sgd", "nesterov": True}])
 def test_a_resumed_optimizer_goes_on_to_the_last_bit(settings: dict[str, Any], tmp_path: Path) -> None:
-    from snell_dist import checkpoint
-
     first = engine(Optim(**settings))
     steps(first, 0, 4)
-    checkpoint.save(tmp_path, first.state(), 4, keep=1)
     again = engine(Optim(**settings))
-    again.load_state(checkpoint.newest(tmp_path)[1])
+    again.load_state(saved(tmp_path, first.state()))
     assert steps(again, 4, 9) == steps(first, 4, 9)
     for mine, theirs in zip(again.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import TINY, train, trained
 
+from snell_dist.adapter import ADAPTER
+from snell_dist.adapter import load as load_adapter
 from snell_dist.build import build
-from snell_dist.checkpoint import ADAPTER, load_adapter, newest
+from snell_dist.checkpoint import newest
 from snell_dist.config import ConfigError, load
 from snell_dist.run_config import Run, Train
 from snell_dist.selection import Selection
@@ -28,7 +30,7 @@ def accuracy(folder: Path, split: str) -> float:
     """Of the adapter file that the run left, measured anew."""
     config = load(str(folder / "config.yaml"), [], Run).config
     built = build(config, None, torch.device("cpu"))
-    load_adapter(folder / ADAPTER, built.engine.model, built.fingerprint)
+    built.engine.load_weights(load_adapter(folder / ADAPTER, built.engine.weights(), built.fingerprint))
     return built.task.evaluate(built.engine, getattr(built.splits, split), config.data).metrics["accuracy"]
 
 
@@ -66,7 +68,9 @@ def test_the_earliest_of_the_best_looks_stays(select: str, kept: int, tmp_path: 
 def test_last_reports_the_last_weights(tmp_path: Path) -> None:
     outcome = train(tmp_path, *LOOKS, "protocol.select=last")
     assert outcome.folder is not None
-    _, state = newest(outcome.folder)
+    found = newest(outcome.folder)
+    assert found is not None
+    state = found.tensors("model/")
     assert all(torch.equal(tensor, state[f"model/{name}"]) for name, tensor in trained(outcome.folder).items())
     assert outcome.summary["protocol"]["chosen"] == "last weights, after step 24"
 
@@ -79,7 +83,7 @@ def test_a_resumed_run_selects_as_the_uninterrupted_one(tmp_path: Path) -> None:
         parts = tmp_path / f"parts{kept}"
         shutil.copytree(whole.folder, parts)
         (parts / "summary.json").unlink()
-        for checkpoint in (parts / "checkpoints").iterdir():
+        for checkpoint in (parts / "checkpoints").glob("step_*"):
             if int(checkpoint.name.removeprefix("step_")) > kept:
                 shutil.rmtree(checkpoint)
         again = train(tmp_path, *LOOKS, folder=parts, resume=True)

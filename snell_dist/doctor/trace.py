@@ -117,7 +117,7 @@ def digest(built: Built) -> str:
     found = hashlib.sha256()
     for name, tensor in built.engine.frozen():
         found.update(name.encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

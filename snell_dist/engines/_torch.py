@@ -102,7 +102,7 @@ class TorchEngine:
     def load_state(self, saved: Saved) -> None:
         into = {f"model/{name}": tensor.detach() for name, tensor in self._kept().items()}
         specs = saved.specs()
-        check_names(into, specs)
+        check_model({key: tensor.shape for key, tensor in into.items()}, specs)
         for name, parameter in self._named.items():
             state: dict[str, Tensor] = {}
             for key, (shape, dtype) in of_optimizer(specs, name):
@@ -186,8 +186,8 @@ def unit(name: str, parameters: Sequence[nn.Parameter]) -> Unit:
     )
 
 
-def check_names(mine: Iterable[str], theirs: Iterable[str]) -> None:
-    """UserError where a checkpoint has not just the tensors that this run trains."""
+def check_model(mine: Mapping[str, Sequence[int]], theirs: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+    """UserError where a checkpoint has not just the tensors that this run trains, by key and shape."""
     wanted, there = set(mine), {key for key in theirs if key.startswith("model/")}
     odd = sorted(wanted ^ there)
     if odd:
@@ -196,6 +196,10 @@ def check_names(mine: Iterable[str], theirs: Iterable[str]) -> None:
         raise UserError(
             f"checkpoint: {len(there)} tensors, this configuration {len(wanted)}; {where} {first}: another run's?"
         )
+    for key, shape in mine.items():
+        if tuple(shape) != theirs[key][0]:
+            name, said = key.removeprefix("model/"), f"{list(theirs[key][0])} there, {list(shape)} here"
+            raise UserError(f"checkpoint: {name} is {said}: another rank, or another model's?")
 
 
 def of_optimizer(specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], name: str) -> Iterator[tuple[str, Any]]:

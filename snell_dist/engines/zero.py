@@ -138,7 +138,7 @@ class Zero(EngineSection):
             )
             raise ConfigError(Problem("engine.stage", message, self.stage))
         if work.precision.compute == "float64":
-            raise ConfigError(Problem("precision.compute", "DeepSpeed reduces no float64: use another engine", "float64"))
+            raise ConfigError(Problem("precision.compute", "DeepSpeed reduces no float64: use ddp or fsdp", "float64"))
         if self.stage == 3 and work.precision.frozen in ("int8", "nf4"):
             message = "cannot be sharded: use engine.stage 0, 1 or 2, or float32 or bfloat16 here"
             raise ConfigError(Problem("precision.frozen", message, work.precision.frozen))
@@ -284,10 +284,11 @@ class ZeroEngine:
     def load_state(self, saved: Saved) -> None:
         import torch
 
-        from snell_dist.engines._torch import check_names, of_optimizer
+        from snell_dist.engines._torch import check_model, of_optimizer
 
         specs = saved.specs()
-        check_names([f"model/{name}" for name in (*self._named, *self._remembered)], specs)
+        mine = {name: getattr(p, "ds_shape", p.shape) for name, p in (self._named | self._remembered).items()}
+        check_model({f"model/{name}": shape for name, shape in mine.items()}, specs)
         saved.read({f"model/{name}": tensor for name, tensor in self._remembered.items()})
         states = {name: dict(of_optimizer(specs, name)) for name in self._named}
         self._make_states(saved, states)

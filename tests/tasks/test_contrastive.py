@@ -139,7 +139,7 @@ def test_the_scale_stays_within_clips_bounds() -> None:
     for start, expected in ((9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
         with torch.no_grad():
             scale.fill_(start)
-        made.task.after_step(made.engine.model)
+        made.task.after_step(made.engine)
         assert scale.item() == pytest.approx(expected)
 
 
