@@ -75,7 +75,7 @@ def _run(
         log.info(f"run folder {place}")
         log.info(audit(config, built, device))
         if dist.rank() == 0:
-            run_folder.record_attempt(place, config.train.seed, str(device))
+            run_folder.record_attempt(place, config, config.train.seed, str(device))
         return train(config, place, built, device)
 
 

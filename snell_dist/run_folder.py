@@ -30,6 +30,11 @@ from snell_dist import dist
 from snell_dist.config import PACKAGE, Section, UserError
 from snell_dist.files import write_atomic
 
+# How a run computes, and not what: these may be others when it goes on.
+FREE = (
+    "engine.", "remat.", "data.micro_batch_size", "data.eval_batch_size", "data.workers", "train.device",
+    "train.log_every", "train.save_every", "train.save_in_background", "train.keep", "train.track",
+)  # fmt: skip
 PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors", "pydantic")
 
 
@@ -131,7 +136,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def newest(out: Path, name: str, config: Section) -> Path | None:
-    """The newest run of exactly this configuration."""
+    """The newest run of this configuration."""
     parent = out / name
     folders = (
         sorted((p for p in parent.glob("*") if p.name.isdigit()), key=lambda p: -int(p.name)) if parent.is_dir() else []
@@ -140,7 +145,11 @@ def newest(out: Path, name: str, config: Section) -> Path | None:
 
 
 def differences(folder: Path, config: Section) -> list[str]:
-    """Dotted keys whose values in the folder's configuration are not this one's."""
+    """Dotted keys whose values in the folder's configuration are not this one's, but for FREE ones."""
+    return [key for key in _changes(folder, config) if not key.startswith(FREE)]
+
+
+def _changes(folder: Path, config: Section) -> list[str]:
     try:
         stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -150,10 +159,11 @@ def differences(folder: Path, config: Section) -> list[str]:
     return sorted({key for key, _ in _flat(stored).items() ^ _flat(config.model_dump()).items()})
 
 
-def record_attempt(folder: Path, seed: int, device: str) -> None:
-    """Adds this start of the run to run.json."""
+def record_attempt(folder: Path, config: Section, seed: int, device: str) -> None:
+    """Adds this start of the run to run.json, with what is not as in the first start's config.yaml."""
     file = folder / "run.json"
     attempts = json.loads(file.read_text()) if file.exists() else []
+    said = _flat(config.model_dump())
     attempts.append(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -164,6 +174,7 @@ def record_attempt(folder: Path, seed: int, device: str) -> None:
             "cpu_count": os.cpu_count(),
             "world_size": dist.world_size(),
             "seed": seed,
+            "changed": {key: said.get(key) for key in _changes(folder, config)},
             "python": platform.python_version(),
             "platform": platform.platform(),
             "versions": {name: _version(name) for name in PACKAGES},

@@ -22,18 +22,26 @@ from torch import Tensor
 from snell_dist import dist, log, optim
 from snell_dist.adapter import write_tensors
 from snell_dist.build import Built, build
+from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
 from snell_dist.feed import Feed
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
+from snell_dist.train import meta
 
 
 @dataclass(frozen=True)
 class Case:
-    """Overrides of the configuration, and a name that can be a file's."""
+    """Overrides of the configuration, and a name that can be a file's.
+
+    resume: a folder whose newest checkpoint the case goes on from; save: how many steps are done when it leaves one,
+    in the folder OUT/<name>.
+    """
 
     name: str
     overrides: list[str]
+    resume: str | None = None
+    save: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Plan:
     out: Path
 
     def write(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self) | {"out": str(self.out)}))
+        file.write_text(json.dumps(asdict(self) | {"out": str(self.out)}), encoding="utf-8")
 
     @staticmethod
     def read(file: Path) -> Plan:
@@ -75,7 +83,7 @@ def follow(plan: Plan) -> None:
             begin = time.perf_counter()
             try:
                 config = quiet(load(plan.config, case.overrides, Run).config)
-                said, weights = steps(config, build(config, config.backbone.weights, device), plan.steps)
+                said, weights = steps(config, build(config, config.backbone.weights, device), plan, case)
             except UserError as error:
                 said, weights = {"refused": str(error).splitlines()[0]}, {}
             trace = Trace(case.name, seconds=time.perf_counter() - begin, **said)
@@ -85,18 +93,23 @@ def follow(plan: Plan) -> None:
             dist.barrier()
 
 
-def steps(config: Run, built: Built, count: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def steps(config: Run, built: Built, plan: Plan, case: Case) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The loop's steps without what surrounds them."""
-    engine, frozen = built.engine, digest(built)
-    feed = Feed(built.splits.train, config.data, config.train.seed, 0, count)
+    engine, frozen, start = built.engine, digest(built), 0
+    if case.resume is not None:
+        found = newest(Path(case.resume))
+        assert found is not None, f"{case.resume} has no checkpoint"
+        engine.load_state(found)
+        start = found.meta.step
+    feed = Feed(built.splits.train, config.data, config.train.seed, start, plan.steps)
     watched = config.method.watched(engine.model)
     losses, norms, without = [], [], []
     engine.model.train()
-    for step in range(count):
+    for step in range(start, plan.steps):
         dist.seed_everything(config.train.seed, step, dist.rank())
         loss = built.task.step(engine, feed.step())
         gradients = {}
-        for name, gradient in engine.gradients() if step == 0 or watched else ():
+        for name, gradient in engine.gradients() if step == start or watched else ():
             if gradient is None:
                 without.append(name)
             elif name in watched:
@@ -107,6 +120,9 @@ def steps(config: Run, built: Built, count: int) -> tuple[dict[str, Any], dict[s
         config.method.after_step(engine.model, Place(step, built.steps, built.steps_per_epoch), weights, gradients)
         losses.append(dist.sum_over_ranks(loss).item())
         norms.append(norm.item())
+        if step + 1 == case.save:
+            lr = optim.lr_at(config.optim, step, built.steps, built.steps_per_epoch)
+            Checkpoints(plan.out / case.name, keep=1).save(engine.state(), meta(config, built, step + 1, lr))
     moved = dist.gather_objects(digest(built) != frozen)
     said = {"losses": losses, "norms": norms, "without_gradient": without, "frozen_moved": any(moved)}
     return said, {name: tensor.detach().cpu().clone() for name, tensor in engine.weights()}

@@ -271,6 +271,7 @@ class ZeroEngine:
     def state(self) -> dict[str, Tensor]:
         """Every rank takes part in gathering each tensor, and one keeps it, in host memory."""
         state: dict[str, Tensor] = {}
+        self._link()
         for i, (name, parameter) in enumerate(self._named.items()):
             own = {f"model/{name}": self._weight(parameter)}
             for key, value in self._optimizer_state(parameter):
@@ -360,7 +361,11 @@ class ZeroEngine:
             self._inner.state[flat] = {
                 key: scalars[key].clone() if key in scalars else torch.zeros_like(flat) for key in first
             }
-        if self._stage < 3:
+        self._link()
+
+    def _link(self) -> None:
+        """DeepSpeed links parameters with their states after the first group's first step, when others have none."""
+        if self._stage in (1, 2) and self._inner.state:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
