@@ -12,12 +12,13 @@ from torch import Tensor
 
 from snell_dist import dist, methods, optim, precision, remat
 from snell_dist.anatomy import Backbone, fingerprint
-from snell_dist.config import ConfigError, Problem
+from snell_dist.config import ConfigError, Problem, UserError
 from snell_dist.data import Splits
 from snell_dist.engines import Engine, Work
 from snell_dist.feed import Feed, steps_per_epoch
 from snell_dist.inventory import Entry, inventory
 from snell_dist.run_config import Run
+from snell_dist.start import Start
 from snell_dist.tasks import Task
 
 
@@ -44,20 +45,23 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     dist.seed_everything(config.train.seed)
     splits = config.data.load(config.protocol.all_labelled)
     epoch = steps_per_epoch(splits.train, config.data.batch_size)
-    backbone = config.task.build(config.backbone.model_copy(update={"weights": weights}), splits)
+    start = Start(shared=config.engine.shards and config.backbone.head != "zeroshot")
+    backbone, identity = _begun(config, weights, splits, start)
     _fit(splits, backbone)
-    identity = fingerprint(backbone.model, backbone.head)
     task = config.task.prepare(backbone, splits)
-    config.method.inject(backbone)
+    with start.building():
+        config.method.inject(backbone)
     trainable = config.method.trainable(backbone)
     methods.freeze_all_but(backbone.model, trainable)
-    config.method.calibrate(backbone.model, _losses(config, backbone, task, splits, device))
+    if start.reads:
+        config.method.calibrate(backbone.model, _losses(config, backbone, task, splits, device))
     precision.apply(config.precision, backbone.model, trainable)
     entries = inventory(backbone.model, trainable)
     remat.apply(config.remat, backbone.block_modules)
     engine = config.engine.prepare(
         Work(
             model=backbone.model,
+            fill=start.fill,
             blocks={name: backbone.model.get_submodule(name) for name in backbone.blocks.values()},
             remembered=list(methods.remembered(backbone.model)),
             make_optimizer=functools.partial(optim.make_optimizer, config.optim),
@@ -71,6 +75,18 @@ def build(config: Run, weights: str | None, device: torch.device) -> Built:
     )
     steps = config.train.total_steps(epoch)
     return Built(weights, identity, splits, epoch, steps, backbone, trainable, entries, task, engine)
+
+
+def _begun(config: Run, weights: str | None, splits: Splits, start: Start) -> tuple[Backbone, str]:
+    """The model, and the fingerprint of its weights; without numbers on ranks that do not read."""
+    said, problem = {"weights": weights} if start.reads else {"weights": None, "head": "new"}, None
+    try:
+        with start.building():
+            backbone = config.task.build(config.backbone.model_copy(update=said), splits)
+    except UserError as error:
+        problem = error
+    start.agree(problem)
+    return backbone, start.told(fingerprint(backbone.model, backbone.head) if start.reads else None)
 
 
 def _fit(splits: Splits, backbone: Backbone) -> None:

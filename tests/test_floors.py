@@ -15,7 +15,7 @@ FLOORS = [
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
     ["inventory"],
-    ["backbones", "data", "ema", "engines", "memory", "methods", "optim", "precision", "protocol", "remat"],
+    ["backbones", "data", "ema", "engines", "start", "memory", "methods", "optim", "precision", "protocol", "remat"],
     ["adapter", "checkpoint", "feed", "run_folder"],
     ["data_tools", "evaluate"],
     ["mistakes"],

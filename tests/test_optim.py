@@ -124,9 +124,9 @@ def engine(optim: Optim) -> Engine:
     model = nn.Sequential(nn.Linear(80, 64), nn.GELU(), nn.Linear(64, 5))
     return Ddp(name="ddp").prepare(
         Work(
-            model=model, blocks={}, remembered=[], make_optimizer=lambda named: make_optimizer(optim, named),
-            optim=optim, precision=Precision(), device=torch.device("cpu"), micro_batch_size=16, accumulation=1,
-            skip_nonfinite=False,
+            model=model, fill=lambda modules, device: None, blocks={}, remembered=[],
+            make_optimizer=lambda named: make_optimizer(optim, named), optim=optim, precision=Precision(),
+            device=torch.device("cpu"), micro_batch_size=16, accumulation=1, skip_nonfinite=False,
         )
     )  # fmt: skip
 

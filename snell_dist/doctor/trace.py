@@ -25,6 +25,7 @@ from snell_dist.build import Built, build
 from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
 from snell_dist.feed import Feed
+from snell_dist.memory.record import left_by
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
 from snell_dist.train import meta
@@ -35,13 +36,14 @@ class Case:
     """Overrides of the configuration, and a name that can be a file's.
 
     resume: a folder whose newest checkpoint the case goes on from; save: how many steps are done when it leaves one,
-    in the folder OUT/<name>.
+    in the folder OUT/<name>; held: measure what a forward leaves in memory for its backward.
     """
 
     name: str
     overrides: list[str]
     resume: str | None = None
     save: int | None = None
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Trace:
     norms: list[float] | None = None
     without_gradient: list[str] | None = None
     frozen_moved: bool | None = None
+    held_bytes: int | None = None
     seconds: float = 0.0
 
 
@@ -124,8 +127,23 @@ def steps(config: Run, built: Built, plan: Plan, case: Case) -> tuple[dict[str, 
             lr = optim.lr_at(config.optim, step, built.steps, built.steps_per_epoch)
             Checkpoints(plan.out / case.name, keep=1).save(engine.state(), meta(config, built, step + 1, lr))
     moved = dist.gather_objects(digest(built) != frozen)
-    said = {"losses": losses, "norms": norms, "without_gradient": without, "frozen_moved": any(moved)}
+    held = held_by_forward(built, config) if case.held else None
+    said = {
+        "held_bytes": held,
+        "losses": losses,
+        "norms": norms,
+        "without_gradient": without,
+        "frozen_moved": any(moved),
+    }
     return said, {name: tensor.detach().cpu().clone() for name, tensor in engine.weights()}
+
+
+def held_by_forward(built: Built, config: Run) -> int:
+    """Bytes on this rank between a forward of one micro-batch and its backward, beside what stays between steps."""
+    batches = built.engine.accumulate(Feed(built.splits.train, config.data, 0, 0, 1).step())
+    images = next(batches).images
+    _, left = left_by(lambda: built.engine.forward(images))
+    return left
 
 
 def digest(built: Built) -> str:

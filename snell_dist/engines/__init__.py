@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from snell_dist.optim import Optim
     from snell_dist.precision import Precision
 
+    Fill = Callable[[Iterable[nn.Module], torch.device], None]
     MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
@@ -28,6 +29,7 @@ class Work:
     """What an engine is given: a model whose frozen parameters need no gradient, and how to train it."""
 
     model: nn.Module
+    fill: Fill  # brings modules' own tensors to a device; before it they may be on the meta device
     blocks: Mapping[str, nn.Module]  # by name, in order: the unit of sharding
     remembered: list[str]  # buffers that a resumed run needs besides what trains
     make_optimizer: MakeOptimizer
@@ -114,10 +116,21 @@ class Engine(Protocol):
     def units(self) -> list[Unit]: ...
 
 
+def rest(work: Work) -> list[nn.Module]:
+    """The modules that are in none of the blocks."""
+    inside = {id(module) for block in work.blocks.values() for module in block.modules()}
+    return [module for module in work.model.modules() if id(module) not in inside]
+
+
 class EngineSection(Section):
     """What every engine says."""
 
     name: str
+
+    @property
+    def shards(self) -> bool:
+        """Whether a rank never holds the whole model, so that it need not begin with one."""
+        return False
 
     def prepare(self, work: Work) -> Engine:
         """ConfigError where the engine cannot do this work, or where its library is missing."""

@@ -10,15 +10,17 @@ are gathered as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from snell_dist import dist
 from snell_dist.config import ConfigError, Problem
-from snell_dist.engines import Engine, EngineSection, Work
+from snell_dist.engines import Engine, EngineSection, Work, rest
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -30,6 +32,10 @@ class Fsdp(EngineSection):
         1, ge=1, description="groups of ranks that each hold the whole model in shards (HSDP); such as the nodes"
     )
 
+    @property
+    def shards(self) -> bool:
+        return True
+
     def prepare(self, work: Work) -> Engine:
         import torch
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -37,32 +43,37 @@ class Fsdp(EngineSection):
         from snell_dist.engines._torch import TorchEngine
 
         self._check(work)
-        model = work.model
-        sharded = {
-            p for p in model.parameters() if p.ndim > 0 and (p.requires_grad or self.frozen != "replicate")
-        }  # by identity
-        ignored = {p for p in model.parameters() if p not in sharded}
-        for tensor in (*ignored, *model.buffers()):
-            tensor.data = tensor.data.to(work.device)
-        offload = CPUOffloadPolicy(pin_memory=work.device.type == "cuda") if self.frozen == "offload" else None
+        model, cuda = work.model, work.device.type == "cuda"
         options: dict[str, Any] = {
             "mesh": self._mesh(work.device),
             "reshard_after_forward": self.reshard,
-            "offload_policy": offload or OffloadPolicy(),
-            "ignored_params": ignored,
+            "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if self.frozen == "offload" else OffloadPolicy(),
         }
+        place = torch.device("cpu") if self.frozen == "offload" else work.device
+
+        def shard(module: nn.Module, own: Iterable[nn.Module]) -> None:
+            own = list(own)
+            work.fill(own, place)
+            whole = {p for m in own for p in m.parameters(recurse=False) if not self._divides(p)}
+            for tensor in (*whole, *(b for m in own for b in m.buffers(recurse=False))):
+                tensor.data = tensor.data.to(work.device)
+            fully_shard(module, ignored_params=whole, **options)
+
         for block in work.blocks.values():
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+            shard(block, block.modules())
+        shard(model, rest(work))
         groups = {name: list(block.parameters()) for name, block in work.blocks.items()}
         inside = {id(p) for parameters in groups.values() for p in parameters}
         groups["the rest"] = [p for p in model.parameters() if id(p) not in inside]
-        loose = [p for p in ignored if p.requires_grad] if dist.world_size() > 1 else []
+        loose = [p for p in model.parameters() if p.requires_grad and not self._divides(p)]
         assert isinstance(model, torch.distributed.fsdp.FSDPModule)
         engine = TorchEngine(work, model, model.set_requires_gradient_sync, loose, groups)
         if loose:  # torch's multi-tensor loops take no mixture
             engine.one_by_one()
         return engine
+
+    def _divides(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 0 and (parameter.requires_grad or self.frozen != "replicate")
 
     def _check(self, work: Work) -> None:
         world = dist.world_size()

@@ -11,6 +11,7 @@ the mask is another byte an entry: the rival whose memory SNELL spares.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -46,13 +47,17 @@ class Sparse(LinearMethod):
         return {"mask": torch.ones(linear.weight.shape, dtype=torch.bool)}
 
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
-        from torch.nn import functional as F
+        from torch.utils.checkpoint import checkpoint
 
-        delta = layer.get_parameter("delta") * layer.get_buffer("mask")
+        recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        # The sum of weight and delta is made again in backward: kept, it would hold a whole matrix a layer, and keep
+        # a sharded weight gathered. What is recomputed ends before the product.
+        delta, mask = layer.get_parameter("delta"), layer.get_buffer("mask")
         if layer.weight.dtype == delta.dtype:
-            weight = layer.with_rows(layer.weight, layer.rows(layer.weight) + delta)
-            return F.linear(x, weight, layer.bias)
-        return layer.add(layer.frozen(x), F.linear(x, delta.to(x.dtype)))  # half precision would round the sum
+            return checkpoint(
+                _merged, layer, x, layer.weight, layer.bias, delta, mask, use_reentrant=False, preserve_rng_state=False
+            )
+        return layer.add(layer.frozen(x), recomputed(_apart, x, delta, mask))
 
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
         return layer.rows(layer.dense) + layer.get_parameter("delta") * layer.get_buffer("mask")
@@ -79,6 +84,21 @@ class Sparse(LinearMethod):
         for i, layer in enumerate(layers):
             mask = together[i] if together else _largest([scores[i]], self.sparsity)[0]
             layer.get_buffer("mask").copy_(mask)
+
+
+def _merged(
+    layer: AdaptedLinear, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, mask: Tensor
+) -> Tensor:
+    from torch.nn import functional as F
+
+    return F.linear(x, layer.with_rows(weight, layer.rows(weight) + delta * mask), bias)
+
+
+def _apart(x: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
+    """Half precision would round the sum."""
+    from torch.nn import functional as F
+
+    return F.linear(x, (delta * mask).to(x.dtype))
 
 
 def _largest(scores: list[Tensor], sparsity: float) -> list[Tensor]:
