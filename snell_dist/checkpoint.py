@@ -246,12 +246,19 @@ class Checkpoints:
         sync(temporary)
         final = self._parent / f"step_{meta.step:08d}"
         if final.exists():  # the same step, written again after a resume from before it
-            shutil.rmtree(final)
+            _delete(final)
         temporary.replace(final)
         write_atomic(self._parent / LATEST, f"{final.name}\n")
         sync(self._parent)
         for old in finished(self._folder)[: -self._keep]:
-            shutil.rmtree(old.path)
+            _delete(old.path)
+
+
+def _delete(path: Path) -> None:
+    """First its name, so that whoever is killed meanwhile leaves no half of a checkpoint; the next save clears up."""
+    nameless = path.with_name(f".tmp_old_{path.name}")
+    path.replace(nameless)
+    shutil.rmtree(nameless)
 
 
 class _Reader(FileSystemReader):

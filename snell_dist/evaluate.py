@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_accuracy
 
 from snell_dist import dist
 from snell_dist.data import PADDING, Batch, DataSection, Images
@@ -41,6 +40,8 @@ def evaluate(
     engine: Engine, logits_of: Callable[[Batch], Tensor], images: Images, classes: int, data: DataSection
 ) -> Measured:
     """logits_of: a batch to [B, classes]."""
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_accuracy  # seconds
+
     training = engine.model.training
     engine.model.eval()
     rows, sizes = [], []

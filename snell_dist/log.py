@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snell_dist import dist
+from snell_dist.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +80,7 @@ class MetricsFile:
     def __init__(self, file: Path, start: int) -> None:
         if file.exists():
             kept = [line for line in file.read_text().splitlines() if _step_of(line) < start]
-            file.write_text("".join(f"{line}\n" for line in kept))
+            write_atomic(file, "".join(f"{line}\n" for line in kept))
         self._stream = file.open("a", buffering=1)
 
     def on_step(self, moment: Moment) -> None:

@@ -149,6 +149,21 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         engine("method.rank=2").load_state(found)
 
 
+def test_a_kill_in_the_midst_of_deleting_leaves_no_half_of_one(tmp_path, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
+    def killed(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    saved(tmp_path, STATE, 2, keep=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        saved(tmp_path, STATE, 4, keep=1)
+    assert [c.meta.step for c in finished(tmp_path)] == [4]
+    assert "damaged" not in caplog.text
+    saved(tmp_path, STATE, 6, keep=1)
+    assert names(tmp_path) == ["latest", "step_00000006"]
+
+
 def test_the_same_step_may_be_written_again(tmp_path: Path) -> None:
     saved(tmp_path, STATE, 2)
     again = saved(tmp_path, {"model/w": torch.zeros(2)}, 2)
