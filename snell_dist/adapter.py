@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from snell_dist.config import UserError
+from snell_dist.config import UserError, first_line
 from snell_dist.files import sync
 
 if TYPE_CHECKING:
@@ -81,8 +81,12 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or absent, on the disk when this returns."""
+    """A safetensors file, whole or absent, on the disk when this returns. UserError where it cannot be written."""
     temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-    sync(temporary)
-    temporary.replace(file)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        sync(temporary)
+        temporary.replace(file)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written: {first_line(error)}") from None

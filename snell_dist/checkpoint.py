@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -35,7 +35,7 @@ from snell_dist import dist, log
 from snell_dist.config import UserError
 from snell_dist.files import sha256, sync, write_atomic
 
-FORMAT = "snell_dist checkpoint 2"
+FORMAT: Final = "snell_dist checkpoint 2"
 FOLDER, LATEST, META = "checkpoints", "latest", "meta.json"
 NAME = re.compile(r"step_(\d{8})")
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -46,7 +46,7 @@ class Meta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: str = FORMAT
+    format: Literal["snell_dist checkpoint 2"] = FORMAT
     step: int  # done
     steps: int
     epoch: int
@@ -142,7 +142,7 @@ def finished(folder: Path) -> list[Checkpoint]:
 def opened(path: Path) -> Checkpoint:
     """UserError where it is none, or not complete."""
     try:
-        return Checkpoint(path, Meta.model_validate_json((path / META).read_text(encoding="utf-8")))
+        return Checkpoint(path, Meta.model_validate_json((path / META).read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: is no training checkpoint (it has no {META})") from None
     except ValidationError as error:
@@ -268,6 +268,8 @@ class _Reader(FileSystemReader):
         file = Path(self.path) / ".metadata"
         try:
             metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+            if not isinstance(metadata, Metadata):
+                raise TypeError(f"it holds a {type(metadata).__name__}")
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}") from None
         except Exception as error:  # pickle's errors have no common class

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from snell_dist.anatomy import Backbone, Target, select_names
 from snell_dist.backbones import BackboneSection
 from snell_dist.config import ConfigError, Plugin, check
+from snell_dist.log import columns
 from snell_dist.methods import Method
 
 CLASSES = 100  # of the classifier, where one is counted
@@ -65,14 +65,6 @@ def methods(section: BackboneSection | None) -> str:
         except ConfigError as error:
             rows.append((name, "-", "", "", error.problems[0].message))
     return "\n".join(columns(rows, right=(1, 2)))
-
-
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines in which every column is as wide as its widest entry."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    sides = [str.rjust if i in right else str.ljust for i in range(len(widths))]
-    padded = ([side(row[i], widths[i]) for i, side in enumerate(sides)] for row in rows)
-    return ["  ".join(row).rstrip() for row in padded]
 
 
 def _flops(model: nn.Module, *inputs: Any) -> int:

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,14 @@ def also_to(file: Path) -> Iterator[None]:
     finally:
         LOGGER.removeHandler(handler)
         handler.close()
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines in which every column is as wide as its widest entry."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    sides = [str.rjust if i in right else str.ljust for i in range(len(widths))]
+    padded = ([side(row[i], widths[i]) for i, side in enumerate(sides)] for row in rows)
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def info(message: str) -> None:

@@ -17,7 +17,7 @@ FLOORS = [
     ["inventory"],
     ["backbones", "data", "ema", "engines", "start", "memory", "methods", "optim", "precision", "protocol", "remat"],
     ["adapter", "checkpoint", "feed", "run_folder"],
-    ["data_tools", "evaluate"],
+    ["checkpoint_tools", "data_tools", "evaluate"],
     ["mistakes"],
     ["tasks"],
     ["run_config"],

@@ -12,11 +12,7 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from snell_dist import log
 from snell_dist.config import UserError
 from snell_dist.data import DataSection, Images, Splits
 from snell_dist.data._tar import INDEX, AllLabelled, Index, Shard, scan, sha256
+from snell_dist.files import new_folder
 
 AS_THEY_ARE = ("jpg", "jpeg", "png", "webp")
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -56,7 +53,7 @@ def pack(section: DataSection, to: Path, limit: Limit) -> Index:
     if to.exists():
         raise UserError(f"--to {to}: exists and stays as it is; name another folder")
     splits, whole = section.load(all_labelled=False), section.load(all_labelled=True)
-    with _new_folder(to) as folder:
+    with new_folder(to) as folder:
         index = Index(
             format=1,
             source=_settings(section),
@@ -82,20 +79,6 @@ def _all_labelled(splits: Splits, whole: Splits) -> AllLabelled:
     places = {name: place for place, name in enumerate(names)}
     order = [places[whole.train.name(i)] for i in range(len(whole.train))]
     return AllLabelled(about=dict(whole.about), order=order)
-
-
-@contextmanager
-def _new_folder(to: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name at the end, or goes."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=".tmp", dir=to.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(to)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write(folder: Path, split: str, images: Images, limit: Limit) -> list[Shard]:
