@@ -228,7 +228,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     share = _share(args.share) or matrix.share_of_array() or (1, 1)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(f"reproduce: --seeds {args.seeds} --jobs {args.jobs}: both must be at least 1")
-    wish = matrix.Wish(args.benchmark, args.data, args.tasks, args.methods, args.seeds, args.out, args.overrides, share)
+    tasks, methods = ([word for word in words if "=" not in word] for words in (args.tasks, args.methods))
+    overrides = [*args.overrides, *(word for word in (*args.tasks, *args.methods) if "=" in word)]  # written last
+    wish = matrix.Wish(args.benchmark, args.data, tasks, methods, args.seeds, args.out, overrides, share)
     log.set_up()
     interrupted, status = False, 0
     if args.table:
@@ -252,7 +254,7 @@ def _share(said: str | None) -> tuple[int, int] | None:
     if said is None:
         return None
     first, _, step = said.partition("/")
-    if not (first.isdigit() and step.isdigit() and 1 <= int(first) <= int(step)):
+    if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
         raise UserError(f"--share {said}: expected I/N with I from 1 to N, such as 2/8")
     return int(first), int(step)
 

@@ -25,8 +25,8 @@ class Measured:
     """The same on every rank. Tensors [N] on the CPU, in the split's order.
 
     `metrics`: `accuracy` (top-1) and `accuracy_top5` (where there are more than 5 classes) as fractions of images,
-    `mean_per_class` the mean of the classes' accuracies, `calibration_error` the expected one over 15 bins,
-    `loss` the mean cross-entropy in nats.
+    `mean_per_class` the mean accuracy of the classes that have images, `calibration_error` the expected one over 15
+    bins, `loss` the mean cross-entropy in nats.
     """
 
     metrics: dict[str, float]
@@ -55,9 +55,10 @@ def evaluate(
     whole = torch.cat([batch.flatten(0, 1) for batch in ranks]).cpu()
     label, predicted, confidence, place, loss = whole[whole[:, 0] != PADDING].t().contiguous()
     label, predicted = label.long(), predicted.long()
+    each = multiclass_accuracy(predicted, label, classes, average="none")  # 0 for a class without images
     metrics = {
         "accuracy": multiclass_accuracy(predicted, label, classes, average="micro").item(),
-        "mean_per_class": multiclass_accuracy(predicted, label, classes, average="macro").item(),
+        "mean_per_class": each[label.unique()].mean().item(),
         "calibration_error": binary_calibration_error(confidence, (predicted == label).long(), n_bins=BINS).item(),
         "loss": loss.double().mean().item(),
     }
@@ -70,6 +71,7 @@ def _rows(logits: Tensor, labels: Tensor) -> Tensor:
     """[B, 5] float32 of each image: label, predicted class, its probability, how many classes beat the label, loss."""
     confidence, predicted = logits.softmax(1).max(1)
     own = logits.gather(1, labels.clamp(min=0).unsqueeze(1))
-    place = (logits > own).sum(1)
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels.unsqueeze(1)
+    place = (~(logits <= own) | (logits == own) & earlier).sum(1)  # the first of equals wins; nan beats all
     loss = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="none")
     return torch.stack([labels.float(), predicted.float(), confidence, place.float(), loss], 1)

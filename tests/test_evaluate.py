@@ -41,9 +41,13 @@ class Engine:
 
 
 def measure(size: int, batch: int) -> Measured:
+    return measured(Table(size), batch)
+
+
+def measured(table: Table, batch: int) -> Measured:
     engine: Any = Engine()
     data = Digits(name="digits", eval_batch_size=batch)
-    return evaluate(engine, lambda batch: batch.images.flatten(1), Table(size), CLASSES, data)  # type: ignore[arg-type]
+    return evaluate(engine, lambda batch: batch.images.flatten(1), table, CLASSES, data)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("size", "batch"), [(230, 16), (230, 230), (41, 7)])
@@ -67,6 +71,29 @@ def test_figures_are_those_of_scikit_learn_and_of_a_loop(size: int, batch: int) 
     assert found.label.tolist() == table.labels, "in the split's order"
     assert found.predicted.tolist() == said.tolist()
     np.testing.assert_allclose(found.confidence.numpy(), confidence, rtol=1e-5)
+
+
+def test_a_class_without_images_has_no_part_in_the_mean_of_classes() -> None:
+    """Though images of others are taken for it."""
+    table = Table(60)
+    table.labels = [label % 6 for label in table.labels]
+    said = table.logits.argmax(1).numpy()
+    assert {6, 7, 8} & {*said.tolist()}
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        expected = balanced_accuracy_score(table.labels, said)
+    assert measured(table, 16).metrics["mean_per_class"] == pytest.approx(expected)
+
+
+def test_a_model_that_says_nothing_is_not_right_among_five() -> None:
+    """Of equal classes the first five count, as the first one does in top-1; nan is never right."""
+    table = Table(230)
+    table.logits = torch.zeros(230, CLASSES)
+    found = measured(table, 64).metrics
+    labels = np.array(table.labels)
+    assert found["accuracy"] == pytest.approx((labels == 0).mean())
+    assert found["accuracy_top5"] == pytest.approx((labels < 5).mean())
+    table.logits[:] = torch.nan
+    assert measured(table, 64).metrics["accuracy_top5"] == 0
 
 
 def test_any_number_of_ranks_gives_the_same_figures(tmp_path: Path) -> None:

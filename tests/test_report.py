@@ -142,6 +142,48 @@ def test_lines_of_odd_series() -> None:
         assert "<b>" not in drawn
 
 
+def test_runs_of_two_folders_keep_their_names_apart(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "other" / "a")
+    (tmp_path / "other" / "table.md").write_text("| | lora |\n| --- | ---: |\n| svhn | 1.0 |\n")
+    write([runs, tmp_path / "other"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for name in (runs / "a", tmp_path / "other" / "a"):
+        assert page.count(f">{name}</a>") == 1
+    assert f"<h2>{tmp_path / 'other'}</h2>" in page
+
+
+DAMAGE = {
+    "summary.json": ('{"a":', "is damaged (Expecting value"),
+    "run.json": ("[{", "is damaged (Expecting property name"),
+    "config.yaml": ("a: [1", "is damaged (while parsing a flow sequence)"),
+    "mistakes/mistakes.json": ("[", "is damaged (Expecting value"),
+    "test_predictions.safetensors": ("x", "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGE))
+def test_a_damaged_file_of_a_run_is_one_line(name: str, runs: Path, tmp_path: Path) -> None:
+    content, said = DAMAGE[name]
+    file = tmp_path / "runs" / "a" / name
+    shutil.copytree(runs / "a", tmp_path / "runs" / "a")
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        write([tmp_path / "runs"], tmp_path / "report.html")
+    assert f"{file}: {said}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_file_of_something_else_is_one_line(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "runs" / "a")
+    (tmp_path / "runs/a/config.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match=rf"report: {tmp_path}/runs/a: is no whole run folder \(it lacks 'method'\)"):
+        write([tmp_path / "runs"], tmp_path / "report.html")
+    for out, said in ((tmp_path, "is a folder"), (tmp_path / "no/x.html", "its folder is not there")):
+        with pytest.raises(UserError, match=f"--out {out}: {said}; name a file"):
+            write([runs], out)
+
+
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

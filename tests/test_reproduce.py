@@ -1,6 +1,7 @@
 """`snell reproduce` on miniature data in the true layouts: to a table, killed and resumed to the same table."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -142,6 +143,9 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(data: Path, tmp_path: Pat
         (["vtab", "--tasks", "svhn", "kitti", "sun397"], ["kitti: data.root", "sun397: data.root"]),
         (["vtab", "--tasks", "kitti", "--methods", "snella32"], ["none of snella32 has a configuration for kitti"]),
         (["vtab", "--share", "3/2"], ["--share 3/2: expected I/N"]),
+        (["vtab", "train.seed=4"], ["reproduce: train.seed=4: train.seed differs from run to run; say --seeds"]),
+        (["vtab", "data.dataset=svhn"], ["data.dataset differs from run to run; say --tasks"]),
+        (["vtab", "--methods", "lora", "optim.lr=-1"], ["command line: optim.lr = -1: must be greater than 0"]),
         (["vtab", "--seeds", "0"], ["--seeds 0"]),
     ],
 )  # fmt: skip
@@ -152,6 +156,46 @@ def test_bad_input_is_said_before_any_training(what: list[str], said: list[str],
     assert len(lines) == len(said), done.stderr
     assert all(expected in line for expected, line in zip(said, lines, strict=True))
     assert not list(tmp_path.glob("out/**/config.yaml"))
+
+
+def test_missing_weights_are_said_once_and_before_any_training(data: Path, tmp_path: Path) -> None:
+    what = ["vtab", "--tasks", "svhn", "cifar", "--jobs", "2"]
+    done = snell(*arguments(what, data, tmp_path / "out", "backbone.weights=ViT.npz"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("snell: backbone.weights = 'ViT.npz': no such file or folder; name another, or ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_array_with_gaps_is_refused(data: Path, tmp_path: Path) -> None:
+    """--array=1,3,7, as after a failure: nobody would have the shares between."""
+    array = {"ID": "3", "MIN": "1", "MAX": "7", "STEP": "1", "COUNT": "3"}
+    environment = ENVIRONMENT | {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()}
+    done = snell(*arguments(VTAB, data, tmp_path / "out"), env=environment)
+    assert done.returncode == 2
+    assert "SLURM_ARRAY_TASK_ID = 3: the array has gaps (3 tasks from 1 to 7)" in done.stderr
+    assert "submit --array=0-2, or say --share I/N" in done.stderr
+
+
+def test_ctrl_c_saves_every_process(data: Path, tmp_path: Path) -> None:
+    """As a terminal sends it, to the whole group; the parent passes it on besides."""
+    long = ["train.epochs=4000", "train.eval_epochs=1000", "train.eval_last_epochs=0", "train.save_every=100000"]
+    what = ["vtab", "--tasks", "cifar", "svhn", "--methods", "lora", "--seeds", "1", "--jobs", "2"]
+    process = subprocess.Popen(
+        command(*arguments(what, data, tmp_path / "out", *long)),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    folders = [tmp_path / "out/vtab/lora" / task / "seed0" for task in ("cifar", "svhn")]
+    until = time.monotonic() + 200
+    while not all((f / "metrics.jsonl").exists() and (f / "metrics.jsonl").stat().st_size for f in folders):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1].startswith("interrupted and saved; continue with: snell reproduce vtab")
+    assert all(list(folder.glob("checkpoints/step_*")) for folder in folders)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:

@@ -14,16 +14,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from snell_dist import dist, job, log, run_folder
+from snell_dist import dist, job, log, run_folder, weights
 from snell_dist.benchmarks import Benchmark, find, table
 from snell_dist.config import Loaded, UserError, load, nearest, shipped
 from snell_dist.run_config import Run
 
 FAILED = "failed.txt"
+ITSELF = {"train.seed": "--seeds", "data.dataset": "--tasks"}  # what the matrix goes over, so no override
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Matrix:
 def plan(wish: Wish) -> Matrix:
     """The matrix, all of it checked. ConfigError or UserError with every problem of names and settings."""
     benchmark = find(wish.benchmark)
+    for override in wish.overrides:
+        if (key := override.partition("=")[0]) in ITSELF:
+            raise UserError(f"reproduce: {override}: {key} differs from run to run; say {ITSELF[key]} instead")
     tasks = _chosen("--tasks", wish.tasks, benchmark.tasks)
     methods = _chosen("--methods", wish.methods, list(benchmark.methods))
     folder = wish.out / wish.benchmark
@@ -90,13 +95,22 @@ def plan(wish: Wish) -> Matrix:
 
 
 def check(matrix: Matrix) -> None:
-    """UserError with all that would stop a cell: data that is missing, a folder of another configuration."""
+    """UserError with all that would stop a cell: missing data or weights, a folder of another configuration."""
     problems = []
     for cell in {cell.task: cell for cell in matrix.cells}.values():
         try:
             cell.loaded.config.data.load(cell.loaded.config.protocol.all_labelled)
         except UserError as error:
             problems.append(f"{cell.task}: {error}")
+    undone = [cell for cell in matrix.cells if not run_folder.is_complete(cell.folder)]
+    for said in dict.fromkeys(cell.loaded.config.backbone.weights for cell in undone):
+        if said is not None and not said.startswith("config:") and weights.is_source(said):
+            try:
+                weights.read(said)
+            except UserError as error:
+                problems.append(
+                    f"{error}; name another, or backbone.weights=orig_in21k to download the paper's ViT-B/16"
+                )
     for cell in matrix.cells:
         if (cell.folder / "config.yaml").exists():
             different = run_folder.differences(cell.folder, cell.loaded.config)
@@ -113,11 +127,12 @@ def run(wish: Wish) -> tuple[Matrix, bool]:
     """Runs this share of the cells, one after the other. Returns the matrix and whether it was interrupted."""
     matrix = plan(wish)
     check(matrix)
+    begin = time.time()
     first, step = wish.share
     for cell in matrix.cells[first - 1 :: step]:
         try:
             with run_folder.lock(cell.folder.parent, f".{cell.folder.name}.lock"):
-                if run_folder.is_complete(cell.folder):
+                if run_folder.is_complete(cell.folder) or _failed_since(begin, cell):
                     continue
                 log.info(f"{cell.method}, {cell.task}, seed {cell.seed}")
                 (cell.folder / FAILED).unlink(missing_ok=True)
@@ -137,6 +152,12 @@ def run(wish: Wish) -> tuple[Matrix, bool]:
     return matrix, False
 
 
+def _failed_since(begin: float, cell: Cell) -> bool:
+    """Whether another process tried it meanwhile: it need not fail once for each of them."""
+    file = cell.folder / FAILED
+    return file.exists() and file.stat().st_mtime >= begin
+
+
 def spawn(arguments: Sequence[str], jobs: int) -> int:
     """Starts `jobs` processes of `snell reproduce` with these arguments, a GPU or a share of the cores each.
 
@@ -153,8 +174,8 @@ def spawn(arguments: Sequence[str], jobs: int) -> int:
         children.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
 
     def forward(number: int, frame: object) -> None:
-        for child in children:
-            child.send_signal(number)
+        for child in children:  # never SIGINT: Ctrl-C has reached them already, and the second one loses the step
+            child.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in dist.SIGNALS}
     try:
@@ -171,12 +192,17 @@ def spawn(arguments: Sequence[str], jobs: int) -> int:
 
 
 def share_of_array() -> tuple[int, int] | None:
-    """This task's share in a Slurm job array, (i, n)."""
-    said = {key: os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "MIN", "STEP", "COUNT")}
-    if said["ID"] is None or said["COUNT"] is None:
+    """This task's share in a Slurm job array, (i, n). UserError where the array has gaps."""
+    said = [os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "MIN", "MAX", "STEP", "COUNT")]
+    if None in said:
         return None
-    index = (int(said["ID"]) - int(said["MIN"] or 0)) // int(said["STEP"] or 1)
-    return index + 1, int(said["COUNT"])
+    task, first, last, step, count = (int(number) for number in said if number)
+    if last - first != step * (count - 1):
+        raise UserError(
+            f"SLURM_ARRAY_TASK_ID = {task}: the array has gaps ({count} tasks from {first} to {last}), so nobody would"
+            f" do their share; submit --array=0-{count - 1}, or say --share I/N"
+        )
+    return (task - first) // step + 1, count
 
 
 def _visible_gpus() -> list[str]:

@@ -62,7 +62,7 @@ def lines(file: Path, classes: int) -> tuple[list[str], list[int]]:
     names, labels = [], []
     for number, line in enumerate(text(file).splitlines(), 1):
         name, space, label = line.rpartition(" ")
-        if not space or not label.isdigit():
+        if not space or not label.isdecimal():
             raise UserError(f"{file}:{number}: {line!r}: expected a relative path, one space and a label")
         if int(label) >= classes:
             raise UserError(f"{file}:{number}: label {label}: must be from 0 to {classes - 1}")

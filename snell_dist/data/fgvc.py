@@ -118,7 +118,7 @@ def _json(file: Path) -> dict[str, int]:
         raise UserError(f"{file}: expected an object of file names and class ids")
     found = {}
     for name, label in said.items():
-        if not str(label).isdigit():
+        if not str(label).isdecimal():
             line = next((n for n, text in enumerate(content.splitlines(), 1) if json.dumps(name) in text), 1)
             raise UserError(f"{file}:{line}: {name!r}: {label!r}: a class id must be a whole number, 0 or more")
         found[name] = int(label)

@@ -178,7 +178,9 @@ def report(found: list[Found], missing: list[Missing]) -> str:
     width = max(len(f.dataset) for f in found)
     for f in found:
         state = "sound" if f.sound else "BROKEN"
-        counts = "  ".join(f"{name} {s.images:,} {s.list_sha256[:12]}" for name, s in f.splits.items())
+        counts = "  ".join(
+            f"{name} {s.images:,} of {s.classes} classes {s.list_sha256[:12]}" for name, s in f.splits.items()
+        )
         lines.append(f"{f.benchmark}  {f.dataset:{width}}  {state:6}  {counts or f.problem}")
         lines += [f"    {remark}" for remark in f.remarks]
         for name, split in f.splits.items():

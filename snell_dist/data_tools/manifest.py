@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ def as_json(found: list[Found], missing: list[Missing]) -> str:
 
 def write(root: Path, file: Path) -> list[Found]:
     """Records what is there, with a hash of every split's files. UserError where something is broken."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--out {file}: {'is a folder' if file.is_dir() else 'its folder is not there'}; name a file")
     found, missing = look(root, quick=False, contents=True)
     broken = [f.dataset for f in found if not f.sound]
     if broken:
@@ -39,18 +42,31 @@ def differences(root: Path, manifest: Path) -> list[str]:
         raise UserError(f"{manifest}: is no manifest of snell data manifest") from None
     if not isinstance(recorded, dict) or recorded.get("format") != FORMAT:
         raise UserError(f"{manifest}: is no manifest of this version (format {FORMAT!r})")
+    try:
+        then = _hashes(recorded["found"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{manifest}: is damaged; record it anew by snell data manifest") from None
     found, _ = look(root, quick=True, contents=True)
-    now = {(f.benchmark, f.dataset): asdict(f)["splits"] for f in found}
-    then = {(f["benchmark"], f["dataset"]): f["splits"] for f in recorded["found"]}
+    now = _hashes(asdict(f) for f in found)
     said = []
     for key in sorted(now.keys() | then.keys()):
         name = " ".join(key)
         if key not in now or key not in then:
             said.append(f"{name}: {'is gone' if key not in now else 'is not in the manifest'}")
             continue
-        for split in then[key]:
-            for kind, word in (("list_sha256", "its list differs"), ("content_sha256", "its files differ")):
-                if now[key].get(split, {}).get(kind) != then[key][split][kind]:
-                    said.append(f"{name} {split}: {word}")
-                    break
+        for split, recorded_hashes in then[key].items():
+            hashes = now[key].get(split, (None, None))
+            if hashes != recorded_hashes:
+                what = "its list differs" if hashes[0] != recorded_hashes[0] else "its files differ"
+                said.append(f"{name} {split}: {what}")
     return said
+
+
+def _hashes(found: Iterable[Any]) -> dict[tuple[str, str], dict[str, tuple[str, str]]]:
+    """By (benchmark, dataset) and split: of its list and of its files."""
+    return {
+        (f["benchmark"], f["dataset"]): {
+            name: (split["list_sha256"], split["content_sha256"]) for name, split in f["splits"].items()
+        }
+        for f in found
+    }

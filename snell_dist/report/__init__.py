@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snell_dist import run_folder
 from snell_dist.adapter import read_tensors
-from snell_dist.config import UserError
+from snell_dist.config import UserError, first_line
 from snell_dist.report import charts
 
 TEMPLATE = Path(__file__).parent / "page.html"
+OTHERS = "take it away, or name the folders of the others"
 LABELLED = 12  # classes: up to so many have a table of numbers
 PAIRS = 8  # most confused pairs named
 CARD = {  # in this order; what else the card holds follows
@@ -44,13 +45,15 @@ class RunFolder:
 def write(folders: Sequence[Path], out: Path) -> int:
     """Writes the page of all runs in the folders. Returns their number.
 
-    Raises UserError where a folder holds none, or where the template's library is missing.
+    Raises UserError where a folder holds none or a run's file is damaged, or the template's library is missing.
     """
     try:
         import jinja2
     except ImportError:
         raise UserError("report: jinja2 is not installed: pip install 'snell_dist[report]'") from None
-    runs = [_read(folder, folders) for folder in find(folders)]
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder is not there'}; name a file")
+    shown = [_shown(number, _read(folder, folders)) for number, folder in enumerate(find(folders))]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -58,11 +61,11 @@ def write(folders: Sequence[Path], out: Path) -> int:
     page = template.render(
         title=" and ".join(str(folder) for folder in folders),
         tables=_tables(folders),
-        rows=[_row(i, run) for i, run in enumerate(runs)],
-        runs=[_run(i, run) for i, run in enumerate(runs)],
+        rows=[row for row, _ in shown],
+        runs=[run for _, run in shown],
     )
     run_folder.write_atomic(out, page)
-    return len(runs)
+    return len(shown)
 
 
 def find(folders: Iterable[Path]) -> list[Path]:
@@ -81,7 +84,7 @@ def find(folders: Iterable[Path]) -> list[Path]:
 def _read(folder: Path, given: Sequence[Path]) -> RunFolder:
     import yaml
 
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    config = folder / "config.yaml"
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
     metrics = []
     for line in lines:
@@ -89,16 +92,35 @@ def _read(folder: Path, given: Sequence[Path]) -> RunFolder:
             metrics.append(json.loads(line))
         except ValueError:  # a line that a crash cut off
             continue
-    inside = next((folder.relative_to(root) for root in given if root in folder.parents), folder)
+    alone = len(given) == 1 and folder != given[0]  # else runs of two folders may have one name
     return RunFolder(
         folder=folder,
-        name=str(inside),
-        config=yaml.safe_load(text),
-        config_text=text,
-        attempts=json.loads((folder / "run.json").read_text()),
+        name=str(folder.relative_to(given[0]) if alone else folder),
+        config=_parsed(config, yaml.safe_load),
+        config_text=config.read_text(encoding="utf-8"),
+        attempts=_parsed(folder / "run.json"),
         metrics=metrics,
-        summary=run_folder.read_summary(folder) if run_folder.is_complete(folder) else None,
+        summary=_parsed(folder / "summary.json") if run_folder.is_complete(folder) else None,
     )
+
+
+def _parsed(file: Path, parse: Callable[[str], Any] = json.loads) -> Any:
+    import yaml
+
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"report: {file}: is damaged ({first_line(error)}); {OTHERS}") from None
+
+
+def _shown(number: int, run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run in the table of all runs, and by itself."""
+    try:
+        return _row(number, run), _run(number, run)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"report: {run.folder}: is no whole run folder (it lacks {first_line(error)}); {OTHERS}"
+        ) from None
 
 
 def _tables(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -108,7 +130,8 @@ def _tables(folders: Sequence[Path]) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8").splitlines()
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
         remarks = [line for line in lines if line and not line.startswith("|")]
-        tables.append({"name": file.parent.name, "head": cells[0], "rows": cells[2:], "remarks": remarks})
+        name = str(file.parent) if len(folders) > 1 else file.parent.name
+        tables.append({"name": name, "head": cells[0], "rows": cells[2:], "remarks": remarks})
     return tables
 
 
@@ -201,5 +224,5 @@ def _mistakes(folder: Path) -> list[dict[str, Any]]:
     listed = folder / "mistakes" / "mistakes.json"
     if not listed.exists():
         return []
-    said = json.loads(listed.read_text(encoding="utf-8"))
+    said = _parsed(listed)
     return [m | {"data": base64.b64encode((listed.parent / m["file"]).read_bytes()).decode()} for m in said]

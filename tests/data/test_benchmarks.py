@@ -120,6 +120,9 @@ def test_what_is_wrong_with_vtab_is_one_line(tmp_path: Path) -> None:
     wrong("vtab", f"{test}:1: 'images/test/0050.png", **said)
     test.write_text(good + "images/test/0051.png 10\n")
     wrong("vtab", f"{test}:41: label 10: must be from 0 to 9", **said)
+    for label in ("²", "-1", "1.0"):
+        test.write_text(good + f"images/test/0051.png {label}\n")
+        wrong("vtab", f"{test}:41: 'images/test/0051.png {label}': expected a relative path, one space", **said)
     test.write_text("")
     wrong("vtab", f"{test}: is empty", **said)
     test.unlink()

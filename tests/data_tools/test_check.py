@@ -9,6 +9,7 @@ from conftest import snell
 from mini_layouts import write_fgvc, write_vtab
 
 from snell_dist.data import fgvc, vtab
+from snell_dist.data_tools.manifest import FORMAT
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def test_what_is_there_and_what_is_missing(data: Path) -> None:
     missing = {gap["dataset"] for gap in said["missing"]}
     assert missing == (set(vtab.DATASETS) | set(fgvc.DATASETS)) - {"cifar", "svhn", "cub"}
     text = snell("data", "check", data).stdout
+    assert f"train 40 of 10 classes {svhn['train']['list_sha256'][:12]}" in text
     assert "the published one has train 800, val 200, test 26,032 images" in text
     assert "to be had as NABirds of the Cornell Lab" in text
 
@@ -87,11 +89,15 @@ def test_a_manifest_finds_every_change(data: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "not.json").write_text("{}")
+    (tmp_path / "cut.json").write_text(f'{{"format": "{FORMAT}", "found": [{{"benchmark": "vtab"}}]}}')
     for arguments, said in (
         (["check", tmp_path], "holds no dataset of VTAB-1k or FGVC"),
         (["check", tmp_path / "none"], "holds no dataset of VTAB-1k or FGVC"),
         (["check", tmp_path, "--against", tmp_path / "no.json"], "no such manifest"),
         (["check", tmp_path, "--against", tmp_path / "not.json"], "is no manifest of this version"),
+        (["check", tmp_path, "--against", tmp_path / "cut.json"], "cut.json: is damaged; record it anew"),
+        (["manifest", tmp_path, "--out", tmp_path], f"--out {tmp_path}: is a folder; name a file"),
+        (["manifest", tmp_path, "--out", tmp_path / "no/m.json"], "no/m.json: its folder is not there; name a file"),
     ):
         done = snell("data", *arguments)
         assert done.returncode == 2
