@@ -29,7 +29,7 @@ from typing import Any
 from compare import environment
 from safetensors.torch import load_file
 
-from snell_dist.doctor.trace import Case, Plan, Trace, difference
+from snell_dist.doctor.trace import Case, Plan, Trace
 
 SMALL = [
     "backbone.weights=null", "backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.batch_size=16",
@@ -145,7 +145,7 @@ def main() -> int:
 def follow(out: Path, cases: Iterable[Case], steps: int, processes: int) -> None:
     """All cases in one job of so many processes."""
     file = out / f"plan_{len(list(out.glob('plan_*')))}.json"
-    Plan("demo", list(cases), steps, out).write(file)
+    Plan("demo", list(cases), steps, "cpu", out).write(file)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "snell_dist.doctor.trace", str(file)]
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -172,7 +172,7 @@ def resumed(out: Path, steps: int) -> list[dict[str, Any]]:
 
 def held_against(out: Path, name: str, other: str, start: int) -> dict[str, Any]:
     """Differences of a run from the same steps of another."""
-    one, two = (Trace(**json.loads((out / f"{n}.json").read_text())) for n in (name, other))
+    one, two = (Trace.read(out, n) for n in (name, other))
     if one.refused:
         return {"refused": one.refused}
     assert one.losses is not None and two.losses is not None and one.norms is not None and two.norms is not None
@@ -186,6 +186,11 @@ def held_against(out: Path, name: str, other: str, start: int) -> dict[str, Any]
         "without_gradient": one.without_gradient,
         "frozen_moved": one.frozen_moved,
     }
+
+
+def difference(one: float, other: float) -> float:
+    """Relative."""
+    return abs(one - other) / abs(other)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ Without torchrun one process makes the same steps, with as many micro-batches as
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
-import math
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from snell_dist.build import Built, build
 from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
 from snell_dist.feed import Feed
+from snell_dist.files import write_atomic
 from snell_dist.memory.record import left_by
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
@@ -51,6 +53,7 @@ class Plan:
     config: str
     cases: list[Case]
     steps: int
+    device: str
     out: Path
 
     def write(self, file: Path) -> None:
@@ -59,15 +62,23 @@ class Plan:
     @staticmethod
     def read(file: Path) -> Plan:
         said = json.loads(file.read_text())
-        return Plan(said["config"], [Case(**case) for case in said["cases"]], said["steps"], Path(said["out"]))
+        return Plan(**said | {"cases": [Case(**case) for case in said["cases"]], "out": Path(said["out"])})
+
+    def left(self) -> list[Case]:
+        """Those of which nothing is written yet."""
+        return [case for case in self.cases if not (self.out / f"{case.name}.json").exists()]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a case did; its trained tensors lie beside it. `refused`: why it could not begin."""
+    """What a case did; its trained tensors lie beside it.
+
+    `refused`: why it could not begin. `died`: how its processes ended, said by who watched them.
+    """
 
     name: str
     refused: str | None = None
+    died: str | None = None
     losses: list[float] | None = None
     norms: list[float] | None = None
     without_gradient: list[str] | None = None
@@ -75,14 +86,19 @@ class Trace:
     held_bytes: int | None = None
     seconds: float = 0.0
 
+    def write(self, out: Path) -> None:
+        write_atomic(out / f"{self.name}.json", json.dumps(asdict(self)))
+
+    @staticmethod
+    def read(out: Path, name: str) -> Trace:
+        return Trace(**json.loads((out / f"{name}.json").read_text()))
+
 
 def follow(plan: Plan) -> None:
     """Runs every case; rank 0 writes OUT/<case>.json and .safetensors."""
-    device = dist.pick_device("cpu" if not torch.cuda.is_available() else "cuda")
+    device = dist.pick_device(plan.device)
     with dist.process_group(device):
-        for case in plan.cases:
-            if (plan.out / f"{case.name}.json").exists():
-                continue
+        for case in dist.broadcast_object(plan.left()):
             begin = time.perf_counter()
             try:
                 config = quiet(load(plan.config, case.overrides, Run).config)
@@ -92,7 +108,7 @@ def follow(plan: Plan) -> None:
             trace = Trace(case.name, seconds=time.perf_counter() - begin, **said)
             if dist.rank() == 0:
                 write_tensors(plan.out / f"{case.name}.safetensors", weights, {})
-                (plan.out / f"{case.name}.json").write_text(json.dumps(asdict(trace)))
+                trace.write(plan.out)
             dist.barrier()
 
 
@@ -156,24 +172,24 @@ def digest(built: Built) -> str:
 
 
 def quiet(config: Run) -> Run:
-    """Without what each rank draws for itself."""
-    parts: dict[str, Any] = {}
-    for section, fields in {"method": ["dropout", "drop_path"], "backbone": ["drop_path"]}.items():
+    """Without what each rank draws for itself, a base that would be trained first, and epochs of hardly moving."""
+    off: dict[str, dict[str, Any]] = {
+        "method": {"dropout": 0.0, "drop_path": 0.0},
+        "backbone": {"drop_path": 0.0, "templates": getattr(config.backbone, "templates", [])[:1]},
+        "task": {"mixup": 0.0, "cutmix": 0.0},
+        "optim": {"warmup_epochs": 0},
+    }
+    if (config.backbone.weights or "").startswith("config:"):
+        off["backbone"]["weights"] = None
+    parts = {}
+    for section, fields in off.items():
         had = getattr(config, section)
-        off = {field: 0.0 for field in fields if getattr(had, field, 0)}
-        parts[section] = had.model_copy(update=off)
-    mixing = {field: 0.0 for field in ("mixup", "cutmix") if getattr(config.task, field, 0)}
-    return config.model_copy(update=parts | {"task": config.task.model_copy(update=mixing)})
-
-
-def difference(one: float, other: float) -> float:
-    """Relative; infinite where either is not finite."""
-    if not (math.isfinite(one) and math.isfinite(other)):
-        return math.inf
-    return abs(one - other) / max(abs(other), 1e-30)
+        parts[section] = had.model_copy(update={key: value for key, value in fields.items() if hasattr(had, key)})
+    return config.model_copy(update=parts)
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)  # where it hung, when it is ended for that
     log.set_up()
     log.LOGGER.setLevel("WARNING")
     follow(Plan.read(Path(sys.argv[1])))

@@ -13,6 +13,8 @@ import difflib
 import json
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,6 +94,8 @@ class Zero(EngineSection):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._check(work, deepspeed.__version__)
         dist.ensure_group(work.device)
+        if shutil.which("ninja") is None:  # which DeepSpeed compiles with; our environment need not be activated
+            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         config = self.derived(work)
         self._check_extra(config)

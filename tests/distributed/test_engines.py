@@ -11,10 +11,17 @@ import pytest
 import torch
 from traces import ENGINES, SMALL, follow, trace, weights
 
-from snell_dist.doctor.trace import Case, difference
+from snell_dist.doctor.trace import Case
 
 pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(1200)]
 STEPS = 4
+
+
+def difference(one: float, other: float) -> float:
+    """Relative."""
+    return abs(one - other) / abs(other)
+
+
 METHODS = {
     "snell": ["method.rank=4"],
     "snella": ["method.name=snella", "method.rank=4", 'method.allocator={"target_sparsity": 0.9}', "data.batch_size=8"],

@@ -42,7 +42,7 @@ ENGINES = {
 def follow(out: Path, cases: Sequence[Case], steps: int, processes: int = 1, config: str = "demo") -> None:
     """All cases in one job of so many processes."""
     file = out / f"plan_{len(list(out.glob('plan_*')))}.json"
-    Plan(config, list(cases), steps, out).write(file)
+    Plan(config, list(cases), steps, "cpu", out).write(file)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "snell_dist.doctor.trace", str(file)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False)
@@ -50,7 +50,7 @@ def follow(out: Path, cases: Sequence[Case], steps: int, processes: int = 1, con
 
 
 def trace(out: Path, name: str) -> Trace:
-    return Trace(**json.loads((out / f"{name}.json").read_text()))
+    return Trace.read(out, name)
 
 
 def weights(out: Path, name: str) -> dict[str, Tensor]:
