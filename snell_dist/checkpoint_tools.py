@@ -24,6 +24,7 @@ from snell_dist.files import new_folder
 EXPECTED = f"expected is a run folder, which has {FOLDER}/step_<number>, or one such step"
 DEEPSPEED = f"expected is what DeepSpeed's save_checkpoint wrote, which has `{LATEST}` and global_step<number>"
 WEIGHTS = "model.safetensors"  # a folder with it is one that `backbone.weights` reads
+PLAIN = "mp_rank_00_model_states.pt"  # of the stages that do not divide the parameters
 EXTRA = "snell_dist[deepspeed]"
 MIB = 2**20
 PIECE = 256 * MIB  # read at once
@@ -321,7 +322,7 @@ def _deepspeed(folder: Path) -> tuple[Path, str]:
     else:
         root, tag = folder, _tag(folder)
     if not any((root / tag).glob("*_optim_states.pt")):
-        plain = root / tag / "mp_rank_00_model_states.pt"  # stage 0 divides nothing
+        plain = root / tag / PLAIN
         instead = f"; backbone.weights={plain} reads it as it is" if plain.is_file() else ""
         raise UserError(f"{root / tag}: has no *_optim_states.pt, so ZeRO 1, 2 or 3 did not write it{instead}")
     return root, tag
@@ -356,10 +357,19 @@ def _consolidated(root: Path, tag: str) -> dict[str, Tensor]:
         except ImportError:
             raise UserError(f"{root}: to read it needs DeepSpeed: pip install '{EXTRA}'") from None
         try:
-            return get_fp32_state_dict_from_zero_checkpoint(str(root), tag)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(root), tag)
+            return _left_out(root / tag / PLAIN, state) | state
         except Exception as error:  # DeepSpeed's and pickle's errors have no common class
             said = f"DeepSpeed's converter fails: {first_line(error)}"
             raise UserError(f"{root / tag}: {said}; is every rank's file there and whole?") from None
+
+
+def _left_out(file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of ZeRO 1 the converter forgets the frozen parameters; they are in the model's own file, which ZeRO 3 lacks."""
+    if not file.is_file():
+        return {}
+    module = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    return {name: tensor for name, tensor in module.items() if name not in state and isinstance(tensor, Tensor)}
 
 
 def _as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -351,7 +351,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 @pytest.mark.xdist_group("deepspeed_folder")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_weights_are_those_that_were_in_memory(
     stage: int, theirs: Callable, tmp_path: Path, says: Callable
 ) -> None:
