@@ -192,15 +192,15 @@ class Row:
             self.engine,
             self.remat,
             *("-" if x is None else "0" if x == 0 else f"{x:.1e}" for x in numbers),
-            ("CHANGED" if trace.frozen_moved else "same") if ran else "-",
-            ("MISSING" if trace.without_gradient else "all") if ran else "-",
-            "-" if self.same is None else "yes" if self.same else "NO",
+            ("MOVED" if trace.frozen_moved else "same") if ran else "-",
+            ("LACK" if trace.without_gradient else "all") if ran else "-",
+            "-" if self.same is None else "equal" if self.same else "NOT",
             f"{trace.seconds:.1f}",
             self.verdict,
         ]
 
 
-HEADINGS = ["engine", "remat", "loss", "grad norm", "trained", "frozen", "gradients", "= no remat", "s", "verdict"]
+HEADINGS = ["engine", "remat", "loss", "norm", "trained", "frozen", "grads", "no remat", "s", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ class Report:
         exact, loose = self.limits
         rest = [engine for engine in setting.engines if engine not in self.bits]
         if self.bits:
-            lines.append(f"limits of {', '.join(self.bits)}: equal to the bit; grad norm {exact.norm:.1e}")
+            lines.append(f"limits of {', '.join(self.bits)}: equal to the bit; norm {exact.norm:.1e}")
         if rest:
-            allowed = f"loss {loose.loss:.1e}, grad norm {loose.norm:.1e}, trained {loose.trained:.1e}"
+            allowed = f"loss {loose.loss:.1e}, norm {loose.norm:.1e}, trained {loose.trained:.1e}"
             why = f"{MARGIN} times what rounding does to one process with finer micro-batches, at least {LEAST:.0e}"
             lines.append(f"limits of {', '.join(rest)}: {allowed} ({why})")
         return lines
@@ -253,13 +253,13 @@ class Report:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(*HEADINGS)
+        table = Table(*HEADINGS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         colours = {"green": "green", "red": "bold red", "refused": "yellow"}
         for row in self.rows:
             *cells, verdict = row.cells()
             table.add_row(*cells, f"[{colours[verdict]}]{verdict}")
         console = Console(highlight=False)
-        console.print(escape("\n".join(self.about())), table, escape("\n".join(self._ends())), sep="\n")
+        console.print(escape("\n".join(self.about())), "", table, escape("\n".join(self._ends())), sep="\n")
 
     def _ends(self) -> list[str]:
         return ["", *self.reasons()] if self.reasons() else []
@@ -341,7 +341,7 @@ def compare(setting: Setting, out: Path) -> Report:
     if len(bits) < len(setting.engines):
         seen = Told.read(out, FINER).differs(reference)
         loose = Difference(*(max(LEAST, MARGIN * value) for value in asdict(seen).values()))
-    rows = [Row(ONE, "none", reference.trace, wrong=tuple(reference.faults()))]
+    rows = [Row("alone", "none", reference.trace, wrong=tuple(reference.faults()))]
     for engine in setting.engines:
         for policy in POLICIES:
             rows.append(_row(setting, out, reference, engine, policy, exact if engine in bits else loose))

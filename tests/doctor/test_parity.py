@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,44 +91,38 @@ def test_the_report_is_a_table_and_json(real: tuple[parity.Setting, Path, parity
     assert said["green"] and len(said["rows"]) == 7 and said["rows"][1]["trace"]["losses"]
 
 
-def follow(setting: parity.Setting, out: Path, engine: list[str]) -> parity.Report:
-    """One process plays both parts: what `engine` adds to the reference's settings is the difference."""
-    alone = setting.alone()
-    others = [
-        trace.Case(parity.case("ddp", policy), [*alone[0].overrides, f"remat.policy={policy}", *engine])
-        for policy in parity.POLICIES
-    ]
-    trace.follow(Plan(setting.source, [*alone, *others], setting.steps, "cpu", out))
-    return parity.compare(setting, out)
+@pytest.fixture
+def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., parity.Report]:
+    """One process plays both parts: what an "engine" adds to the reference's settings is the difference."""
+
+    def run(engines: dict[str, str], *overrides: str) -> parity.Report:
+        settings = {name: ["engine.name=ddp", "data.micro_batch_size=6", words] for name, words in engines.items()}
+        monkeypatch.setattr(parity, "ENGINES", parity.ENGINES | settings)
+        setting = parity.choose(None, overrides, 2, 3, list(engines))
+        cases = [*setting.alone(), *setting.together()]
+        trace.follow(Plan(setting.source, cases, setting.steps, "cpu", tmp_path))
+        return parity.compare(setting, tmp_path)
+
+    return run
 
 
-@pytest.mark.parametrize("clip", [[], ["optim.clip_norm=0.5", "data.micro_batch_size=3"]])
-@pytest.mark.parametrize(
-    "broken",
-    [
-        ["train.seed=1"],
-        ["optim.lr=0.11"],
-        ["optim.weight_decay=0"],
-        ["optim.betas=[0.9, 0.9]"],
-        ["task.label_smoothing=0.01"],
-    ],
-)
-def test_real_differences_are_red(clip: list[str], broken: list[str], tmp_path: Path) -> None:
-    """To the bit, and within the limits of clipping and accumulation."""
-    report = follow(parity.choose(None, clip, 2, 3, ["ddp"]), tmp_path, broken)
+@pytest.mark.parametrize("clip", [[], ["optim.clip_norm=0.5"]])
+def test_real_differences_are_red(clip: list[str], follow: Callable[..., parity.Report]) -> None:
+    """To the bit, and within what rounding may do where gradients are clipped."""
+    broken = ["train.seed=1", "optim.lr=0.101", "optim.weight_decay=0", "optim.eps=1e-4", "task.label_smoothing=0.001"]
+    report = follow({f"with {words}": words for words in broken}, *clip)
     assert (report.bits == []) is bool(clip)
-    assert [row.verdict for row in report.rows] == ["green", "red", "red"]
+    assert [row.verdict for row in report.rows] == ["green"] + ["red"] * 2 * len(broken), report.text()
 
 
-def test_rounding_alone_is_green(tmp_path: Path) -> None:
-    setting = parity.choose(None, ["data.micro_batch_size=3"], 2, 3, ["ddp"])
-    report = follow(setting, tmp_path, ["data.micro_batch_size=6"])
+def test_rounding_alone_is_green(follow: Callable[..., parity.Report]) -> None:
+    report = follow({"coarser": "data.micro_batch_size=12"}, "optim.clip_norm=0.5")
     assert not report.red, report.text()
     assert report.rows[1].difference and report.rows[1].difference.trained > 0
 
 
-def test_a_refusal_is_neither_green_nor_red(tmp_path: Path) -> None:
-    report = follow(parity.choose(None, [], 2, 1, ["ddp"]), tmp_path, ["engine.replicas=2"])
+def test_a_refusal_is_neither_green_nor_red(follow: Callable[..., parity.Report]) -> None:
+    report = follow({"other": "engine.replicas=2"})
     assert [row.verdict for row in report.rows] == ["green", "refused", "refused"]
     assert not report.red and "replicas" in report.reasons()[0]
 
@@ -155,8 +150,7 @@ def test_mistakes_are_said_before_anything_starts() -> None:
     ("accident", "said"),
     [
         ("raise RuntimeError('the cable is cut')", "ended with status 1: .*RuntimeError: the cable is cut"),
-        ("os.kill(os.getpid(), 9)", "ended with status -9"),
-        ("time.sleep(99)", "no end after 9 s: .*in losing"),
+        ("time.sleep(99)", "no end after 25 s: .*in losing"),
     ],
 )
 def test_processes_that_die_or_hang_are_reported(
@@ -184,7 +178,7 @@ def test_processes_that_die_or_hang_are_reported(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     setting = parity.choose(None, [], 2, 3, ["ddp", "fsdp"])
     plan = Plan("demo", setting.together(), 3, "cpu", tmp_path)
-    parity.follow(plan, 2, limit_s=9)
+    parity.follow(plan, 2, limit_s=25)  # for the start of torchrun on a busy machine, too
     died = Trace.read(tmp_path, "ddp, remat block").died
     assert died is not None
     assert re.search(said, died, re.DOTALL), died
