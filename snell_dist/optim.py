@@ -60,7 +60,8 @@ def make_optimizer(optim: Optim, named: Iterable[tuple[str, nn.Parameter]]) -> t
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named:
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY].append(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # of a part that ZeRO-3 holds: the whole's
+            groups[len(shape) > 1 and name.rpartition(".")[2] not in NO_DECAY].append(parameter)
     settings = [
         {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0}
         for decays, parameters in groups.items()
