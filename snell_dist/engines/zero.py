@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from snell_dist import dist, log
 from snell_dist.config import ConfigError, Problem, first_line
-from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work
+from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work, rest
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,10 @@ class Zero(EngineSection):
     nvme_path: str | None = Field(None, description="a folder on a fast disk to offload to, instead of host memory")
     deepspeed_extra: dict[str, Any] = Field({}, description="more keys of DeepSpeed's JSON, passed on as they are")
 
+    @property
+    def shards(self) -> bool:
+        return self.stage == 3
+
     @model_validator(mode="after")
     def _fits(self) -> Zero:
         allowed = ("shard", "offload") if self.stage == 3 else ("replicate",)
@@ -96,6 +100,10 @@ class Zero(EngineSection):
         config = self.derived(work)
         self._check_extra(config)
         log.info(f"DeepSpeed {deepspeed.__version__}: {json.dumps(config)}")
+        if self.stage == 3:
+            for module, own in (*((b, list(b.modules())) for b in work.blocks.values()), (work.model, rest(work))):
+                work.fill(own, work.device)
+                deepspeed.zero.Init(module=module, config_dict_or_path=config)
         optimizer = work.make_optimizer((n, p) for n, p in work.model.named_parameters() if p.requires_grad)
         try:
             engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=config)
