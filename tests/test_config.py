@@ -1,11 +1,14 @@
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from snell_dist.config import ConfigError, UserError, full_schema, load, shipped
+from snell_dist.job import run
 from snell_dist.run_config import Run
 
 
@@ -130,9 +133,26 @@ def test_line_one_of_every_shipped_file_is_its_command(name: str) -> None:
     assert lines[1].startswith("# ")
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if not name.startswith(("vtab/", "fgvc/", "scale/"))])
-def test_every_shipped_configuration_trains_a_step(name: str, tmp_path: Path) -> None:
-    from snell_dist.job import run
+# Those of the benchmarks train in test_recipes; those of scale need a large machine.
+ELSEWHERE = ("vtab/", "fgvc/", "scale/", "mini/")
 
+
+@pytest.mark.parametrize("name", [name for name in shipped() if not name.startswith(ELSEWHERE)])
+def test_every_shipped_configuration_trains_a_step(name: str, tmp_path: Path) -> None:
     outcome = run(load(name, [*TINY, "train.steps=1"], Run), tmp_path)
     assert outcome.summary["steps"] == 1
+
+
+@pytest.fixture(scope="module")
+def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("mini") / "data"
+    subprocess.run([sys.executable, ROOT / "profiling/mini_tasks.py", "--out", data], check=True)
+    return data
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("mini/")])
+def test_every_configuration_of_the_mini_benchmark_trains(name: str, mini_data: Path, tmp_path: Path) -> None:
+    root = mini_data / "pretrain" if name == "mini/pretrain" else mini_data
+    short = ["train.epochs=1", "train.eval_epochs=1", f"data.root={root}", "backbone.weights=null", "backbone.depth=1"]
+    outcome = run(load(name, short, Run), tmp_path)
+    assert outcome.summary["steps"] > 0

@@ -144,7 +144,7 @@ def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
     overrides = [*TINY, f"backbone.weights=config:{base}"]
     first = run(load("demo/linear", overrides, Run), tmp_path)
     second = run(load("demo/linear", overrides, Run), tmp_path)
-    assert [p.name for p in (tmp_path / "base").iterdir()] == ["001"]
+    assert [p.name for p in (tmp_path / "base").glob("[!.]*")] == ["001"]
     assert first.summary["base_sha256"] == second.summary["base_sha256"]
     weights = trained(tmp_path / "base" / "001")
     assert first.summary["base_weights"] == str(tmp_path / "base" / "001" / "adapter.safetensors")
@@ -164,7 +164,7 @@ def test_a_base_that_was_interrupted_continues_when_the_command_is_repeated(tmp_
     again = snell(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resumed after step" in again.stderr
-    assert [p.name for p in (tmp_path / "runs/base").iterdir()] == ["001"]
+    assert [p.name for p in (tmp_path / "runs/base").glob("[!.]*")] == ["001"]
 
 
 def test_what_is_frozen_stays_as_it_was(tmp_path: Path) -> None:

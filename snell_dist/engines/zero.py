@@ -94,6 +94,7 @@ class Zero(EngineSection):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._check(work, deepspeed.__version__)
         dist.ensure_group(work.device)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it where no launcher ran, too
         if shutil.which("ninja") is None:  # which DeepSpeed compiles with; our environment need not be activated
             os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)

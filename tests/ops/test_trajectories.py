@@ -19,10 +19,10 @@ Layer = Callable[[str, Tensor], Tensor]  # the adapted linear of a name
 class Model:
     """The released model's parameters; each adapted layer's factors as the golden files store them, q, k, v apart."""
 
-    def __init__(self, run: str, fused_qkv: bool, impl: str) -> None:
+    def __init__(self, run: str, fused_qkv: bool, impl: str, dtype: torch.dtype) -> None:
         data, case = golden.load(run), golden.CASES[run]
         self.case, self.fused_qkv, self.impl, self.lora = case, fused_qkv, impl, case["tuning"] == "lora"
-        self.p = {k.removeprefix("init."): v.clone() for k, v in data.items() if k.startswith("init.")}
+        self.p = {k.removeprefix("init."): v.to(dtype, copy=True) for k, v in data.items() if k.startswith("init.")}
         for name in case["trainable"]:
             self.p[name].requires_grad_()
         self.states: dict[str, ThresholdState] = {}
@@ -69,12 +69,16 @@ class Model:
         return F.linear(self.norm("norm", x)[:, 0], p["head.weight"], p["head.bias"])
 
 
+# AdamW makes a step of full size out of a gradient that is rounding noise, so where float32 ends depends on the
+# processor: the released code's own end is 3.4e-6 from the float64 one (klora), ours was 1.1e-5 from it on one machine. So
+# the whole vector of what trained is held to 1e-5 in float64, which has no such noise and ends alike everywhere.
+@pytest.mark.parametrize(("dtype", "whole", "single"), [(torch.float64, 1e-5, 1e-4), (torch.float32, 3e-5, 1e-4)])
 @pytest.mark.parametrize("impl", ["reference", "fused"])
 @pytest.mark.parametrize("fused_qkv", [False, True], ids=["apart", "fused_qkv"])
 @pytest.mark.parametrize("run", RUNS)
-def test_trajectory(run: str, fused_qkv: bool, impl: str) -> None:
+def test_trajectory(run: str, fused_qkv: bool, impl: str, dtype: torch.dtype, whole: float, single: float) -> None:
     data, case = golden.load(run), golden.CASES[run]
-    model = Model(run, fused_qkv, impl)
+    model = Model(run, fused_qkv, impl, dtype)
     groups = [
         {"params": [model.p[n] for n in group["parameters"]], "weight_decay": group["weight_decay"]}
         for group in case["weight_decay_groups"]
@@ -82,7 +86,7 @@ def test_trajectory(run: str, fused_qkv: bool, impl: str) -> None:
     optimizer = torch.optim.AdamW(groups, lr=case["lr"], eps=case["eps"])
     losses = []
     for step in range(case["steps"]):
-        loss = F.cross_entropy(model(data["images"][step]), data["labels"][step])
+        loss = F.cross_entropy(model(data["images"][step].to(dtype)), data["labels"][step])
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -93,8 +97,6 @@ def test_trajectory(run: str, fused_qkv: bool, impl: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert golden.error(torch.tensor(losses), data["losses"]) < 1e-6
-    # All trained parameters as one vector: AdamW makes a step of full size out of a gradient that is rounding noise, so
-    # in a single tensor even a float64 run is 1.8e-5 away from the golden one (klora, blocks.0.mlp.fc1).
     final = [(model.p[name].flatten(), data[f"final.{name}"].flatten()) for name in case["trainable"]]
-    assert golden.error(*map(torch.cat, zip(*final, strict=True))) < 1e-5
-    assert max(golden.error(*pair) for pair in final) < 1e-4
+    assert golden.error(*map(torch.cat, zip(*final, strict=True))) < whole
+    assert max(golden.error(*pair) for pair in final) < single
