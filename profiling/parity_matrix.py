@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -29,31 +27,25 @@ from typing import Any
 from compare import environment
 from safetensors.torch import load_file
 
+from snell_dist.doctor import parity
 from snell_dist.doctor.trace import Case, Plan, Trace
 
+CASE_S = 300  # in which a case must have ended
 SMALL = [
     "backbone.weights=null", "backbone.width=16", "backbone.depth=2", "backbone.heads=2", "data.batch_size=16",
     "train.steps=20", "train.device=cpu",
 ]  # fmt: skip
-NEVER_KEPT = {
-    "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}  # fmt: skip
-ZERO3 = [
-    "engine.name=zero",
-    "engine.stage=3",
-    f"engine.deepspeed_extra={json.dumps({'zero_optimization': NEVER_KEPT})}",
-]
+_OF = parity.ENGINES
 ENGINES = {
-    "ddp": [],
-    "fsdp": ["engine.name=fsdp"],
-    "fsdp, replicated base": ["engine.name=fsdp", "engine.frozen=replicate"],
-    "zero 0": ["engine.name=zero", "engine.stage=0"],
-    "zero 1": ["engine.name=zero", "engine.stage=1"],
-    "zero 2": ["engine.name=zero", "engine.stage=2"],
-    "zero 2, offloaded": ["engine.name=zero", "engine.stage=2", "engine.offload_optimizer=true"],
-    "zero 3": ZERO3,
-    "zero 3, offloaded": [*ZERO3, "engine.offload_optimizer=true", "engine.frozen=offload"],
+    "ddp": _OF["ddp"],
+    "fsdp": _OF["fsdp"],
+    "fsdp, replicated base": [*_OF["fsdp"], "engine.frozen=replicate"],
+    "zero 0": _OF["zero0"],
+    "zero 1": _OF["zero1"],
+    "zero 2": _OF["zero2"],
+    "zero 2, offloaded": [*_OF["zero2"], "engine.offload_optimizer=true"],
+    "zero 3": _OF["zero3"],
+    "zero 3, offloaded": [*_OF["zero3"], "engine.offload_optimizer=true", "engine.frozen=offload"],
 }
 METHODS = {
     "snell": ["method.rank=4"],
@@ -73,7 +65,7 @@ READERS = {
     "fsdp, 2": (2, ENGINES["fsdp"]),
     "fsdp, 4": (4, ENGINES["fsdp"]),
     "zero 1, 2": (2, ENGINES["zero 1"]),
-    "zero 3, 2": (2, ZERO3),
+    "zero 3, 2": (2, ENGINES["zero 3"]),
 }
 
 
@@ -144,14 +136,7 @@ def main() -> int:
 
 def follow(out: Path, cases: Iterable[Case], steps: int, processes: int) -> None:
     """All cases in one job of so many processes."""
-    file = out / f"plan_{len(list(out.glob('plan_*')))}.json"
-    Plan("demo", list(cases), steps, "cpu", out).write(file)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "snell_dist.doctor.trace", str(file)]
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-4000:])
+    parity.follow(Plan("demo", list(cases), steps, "cpu", out), processes if processes > 1 else 0, CASE_S)
 
 
 def resumed(out: Path, steps: int) -> list[dict[str, Any]]:
@@ -173,8 +158,8 @@ def resumed(out: Path, steps: int) -> list[dict[str, Any]]:
 def held_against(out: Path, name: str, other: str, start: int) -> dict[str, Any]:
     """Differences of a run from the same steps of another."""
     one, two = (Trace.read(out, n) for n in (name, other))
-    if one.refused:
-        return {"refused": one.refused}
+    if one.refused or one.died:
+        return {"refused": one.refused, "died": one.died}
     assert one.losses is not None and two.losses is not None and one.norms is not None and two.norms is not None
     mine, theirs = (load_file(out / f"{n}.safetensors") for n in (name, other))
     losses = list(map(difference, one.losses, two.losses[start:]))
@@ -203,22 +188,27 @@ def markdown(report: dict[str, Any]) -> str:
         key = tuple(field[k] for k in ("kind", "processes", "accumulation", "engine"))
         groups.setdefault(key, []).append(field)
     for key, fields in groups.items():
-        done = [f for f in fields if "refused" not in f]
+        done = [f for f in fields if "loss" in f]
         same = sum(f["loss"] == 0 and f["weights"] == 0 for f in done)
-        worst = [f"{max(f[k] for f in done):.1e}" if done else "refused" for k in ("loss", "norm", "weights")]
+        worst = [f"{max(f[k] for f in done):.1e}" if done else "-" for k in ("loss", "norm", "weights")]
         kind, processes, accumulation, engine = key
         lines.append(
             f"| {kind} | {processes} | {accumulation} | {engine} | {len(done)} | {same} | **{worst[0]}** | {worst[1]}"
             f" | {worst[2]} |"
         )
     bad = [f for f in report["fields"] if f.get("without_gradient") or f.get("frozen_moved")]
+    ends = {end: sum(bool(f.get(end)) for f in report["fields"]) for end in ("refused", "died")}
     pairs = {}
     for field in report["fields"]:
         key = tuple(field[k] for k in ("kind", "engine", "method", "accumulation", "processes"))
         pairs.setdefault(key, []).append(tuple(field.get(k) for k in ("loss", "norm", "weights")))
     moved = sum(len(set(both)) > 1 for both in pairs.values())
-    lines += ["", f"{len(report['fields'])} runs of {report['steps']} steps. Frozen bytes moved or a gradient missing: "
-              f"{len(bad)}. Recomputation changed a figure in {moved} of {len(pairs)} pairs."]  # fmt: skip
+    lines += [
+        "",
+        f"{len(report['fields'])} runs of {report['steps']} steps; refused: {ends['refused']}, died: {ends['died']}."
+        f" Frozen bytes moved or a gradient missing: {len(bad)}. Recomputation changed a figure in {moved} of"
+        f" {len(pairs)} pairs.",
+    ]
     lines += [
         "",
         "Resumed half-way: the next loss / the worst loss / the worst trained tensor, against the writer going on.",
@@ -235,8 +225,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def shown(found: dict[str, Any]) -> str:
-    if "refused" in found:
-        return "refused"
+    if "loss" not in found:
+        return "refused" if found["refused"] else "DIED"
     if found["loss"] == 0 and found["weights"] == 0:
         return "same bits"
     return f"{found['next_loss']:.0e} / {found['loss']:.0e} / {found['weights']:.0e}"

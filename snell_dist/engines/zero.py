@@ -16,6 +16,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -106,6 +107,9 @@ class Zero(EngineSection):
                 work.fill(own, work.device)
                 deepspeed.zero.Init(module=module, config_dict_or_path=config)
         optimizer = work.make_optimizer((n, p) for n, p in work.model.named_parameters() if p.requires_grad)
+        for scalar in (p for p in work.model.parameters() if p.ndim == 0):
+            # DeepSpeed broadcasts what it does not divide as bytes, which a scalar has no view of; ranks begin alike.
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]
         try:
             engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=config)
         except (AssertionError, ValueError, RuntimeError) as error:
@@ -246,7 +250,12 @@ class ZeroEngine:
         import torch
         from torch.utils._pytree import tree_map_only
 
-        return tree_map_only(torch.Tensor, torch.Tensor.float, self._engine(*inputs))
+        if self._stage < 3 or not torch.is_grad_enabled():
+            outputs = self._engine(*inputs)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(_without_gathered, _gathered_again):
+                outputs = self._engine(*inputs)
+        return tree_map_only(torch.Tensor, torch.Tensor.float, outputs)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)  # the loss is the mean over the whole batch already
@@ -410,6 +419,31 @@ class ZeroEngine:
             safe_set_local_optimizer_state(parameter, _part(parameter, tensor), key)
         elif key != "step":
             safe_set_full_optimizer_state(parameter, tensor.to(self.device), key)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What autograd wanted to keep of a divided parameter: x W^T keeps the view W^T, and with it all of W."""
+
+    parameter: nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # in elements, from the parameter's first
+
+
+def _without_gathered(tensor: Tensor) -> Tensor | _View:
+    base: Any = tensor._base
+    if not hasattr(base, "ds_tensor"):
+        return tensor
+    return _View(base, tensor.size(), tensor.stride(), tensor.storage_offset() - base.storage_offset())
+
+
+def _gathered_again(kept: Tensor | _View) -> Tensor:
+    """DeepSpeed gathers a module's parameters before its backward."""
+    if not isinstance(kept, _View):
+        return kept
+    whole = kept.parameter.detach()
+    return whole.as_strided(kept.size, kept.stride, whole.storage_offset() + kept.offset)
 
 
 def _part(parameter: Any, tensor: Tensor) -> Tensor:

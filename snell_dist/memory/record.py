@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,25 +70,13 @@ def held_bytes(engine: Engine) -> int:
 
 def peak_of(profiler: torch.profiler.profile) -> int:
     """The highest sum of CPU bytes allocated and freed while the profiler ran."""
-    live = peak = 0
-    for change in _changes(profiler):
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def left_by(action: Callable[[], Any]) -> tuple[Any, int]:
-    """What an action returns, and the CPU bytes that it left allocated, with what it returns."""
-    with memory_profiler() as profiler:
-        result = action()
-    return result, sum(_changes(profiler))
-
-
-def _changes(profiler: torch.profiler.profile) -> list[int]:
-    """CPU bytes allocated (above 0) and freed, in the order of time."""
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     events = [e for e in results.events() if e.name() == "[memory]" and e.device_index() == -1]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def memory_profiler() -> torch.profiler.profile:
