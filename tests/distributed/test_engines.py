@@ -35,6 +35,13 @@ SAMPLE = [(engine, "snell", remat) for engine in ENGINES for remat in ("none", "
     ("fsdp", "snella", "block"), ("zero3", "snella", "none"), ("fsdp", "sparse", "none"), ("zero3", "sparse", "block"),
     ("zero1", "lora", "block"), ("fsdp", "full", "block"), ("zero3", "full", "none"),
 ]  # fmt: skip
+# What a forward leaves for backward, at a width where a kept matrix shows: 12 width^2 numbers a block.
+WIDE = [
+    "backbone.weights=null", "backbone.width=512", "backbone.depth=4", "backbone.heads=4", "data.batch_size=2",
+    "train.device=cpu",
+]  # fmt: skip
+BLOCK_BYTES = 12 * 512**2 * 4
+HELD = [(engine, method) for engine in ("fsdp", "zero3") for method in METHODS]
 CLIPPED = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
@@ -45,7 +52,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = [Case(f"one-{m}", [*SMALL, *said, "data.micro_batch_size=4"], save=2) for m, said in METHODS.items()]
     one.append(Case("one-sgd", [*SMALL, *METHODS["snell"], *SGD]))
     follow(folder, one, STEPS)
-    two = [Case(f"{e}-{m}-{r}", [*SMALL, *ENGINES[e], *METHODS[m], f"remat.policy={r}"], save=2) for e, m, r in SAMPLE]
+    two = [Case(f"{e}-{m}-held", [*WIDE, *ENGINES[e], f"method.name={m}"], held=True) for e, m in HELD]
+    two += [Case(f"{e}-{m}-{r}", [*SMALL, *ENGINES[e], *METHODS[m], f"remat.policy={r}"], save=2) for e, m, r in SAMPLE]
     two += [Case(f"{e}-sgd", [*SMALL, *ENGINES[e], *METHODS["snell"], *SGD]) for e in CLIPPED]
     follow(folder, two, STEPS, processes=2)
     return folder
@@ -73,6 +81,14 @@ def test_clipped_and_accumulated_the_same_but_for_rounding(engine: str, out: Pat
     mine, theirs = weights(out, found.name), weights(out, one.name)
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("engine", "method"), HELD)
+def test_nothing_gathered_or_merged_is_kept_between_forward_and_backward(engine: str, method: str, out: Path) -> None:
+    """Without recomputation. One kept matrix a block would be at least 4/12 of a block; activations are a tenth."""
+    found = trace(out, f"{engine}-{method}-held")
+    assert found.held_bytes is not None
+    assert found.held_bytes < 0.25 * BLOCK_BYTES
 
 
 READERS = {"one": ["data.micro_batch_size=4"], **{e: ENGINES[e] for e in ("ddp", "fsdp", "zero1", "zero2", "zero3")}}
