@@ -7,11 +7,9 @@ Without torchrun one process makes the same steps, with as many micro-batches as
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import hashlib
 import json
-import resource
 import signal
 import sys
 import time
@@ -29,9 +27,13 @@ from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
 from snell_dist.feed import Feed
 from snell_dist.files import write_atomic
+from snell_dist.memory.record import Touched
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
 from snell_dist.train import meta
+
+
+FLUSHES = 8  # small collectives, after which gloo's threads hold no large buffer
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Case:
     """Overrides of the configuration, and a name that can be a file's.
 
     resume: a folder whose newest checkpoint the case goes on from; save: how many steps are done when it leaves one,
-    in the folder OUT/<name>; held: measure what a forward leaves in memory for its backward (Linux).
+    in the folder OUT/<name>; held: measure what a forward leaves in memory for its backward.
     """
 
     name: str
@@ -98,8 +100,6 @@ class Trace:
 def follow(plan: Plan) -> None:
     """Runs every case; rank 0 writes OUT/<case>.json and .safetensors."""
     device = dist.pick_device(plan.device)
-    if any(case.held for case in plan.cases):
-        give_back_what_is_freed()
     with dist.process_group(device):
         for case in dist.broadcast_object(plan.left()):
             begin = time.perf_counter()
@@ -158,24 +158,16 @@ def steps(config: Run, built: Built, plan: Plan, case: Case) -> tuple[dict[str, 
 
 
 def held_by_forward(built: Built, config: Run) -> int:
-    """Bytes by which this process grows between a forward of one micro-batch and its backward."""
+    """Bytes that a forward of one micro-batch leaves on this rank for its backward."""
     batches = built.engine.accumulate(Feed(built.splits.train, config.data, 0, 0, 1).step())
     images = next(batches).images
-    before = resident_bytes()
-    outputs = built.engine.forward(images)
-    held = resident_bytes() - before
+    with Touched() as touched:
+        outputs = built.engine.forward(images)
+    for _ in range(FLUSHES):
+        dist.sum_over_ranks(torch.zeros(1))
+    held = touched.living_bytes(but=[*built.engine.held(), images])
     del outputs
     return held
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def give_back_what_is_freed() -> None:
-    """Lets resident memory say what is held: glibc maps every larger block by itself and unmaps it when it is freed."""
-    M_MMAP_THRESHOLD, above = -3, 1 << 16
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, above)
 
 
 def digest(built: Built) -> str:

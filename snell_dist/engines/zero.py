@@ -16,6 +16,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,11 +106,11 @@ class Zero(EngineSection):
         if self.stage == 3:
             for module, own in (*((b, list(b.modules())) for b in work.blocks.values()), (work.model, rest(work))):
                 work.fill(own, work.device)
-                deepspeed.zero.Init(module=module, config_dict_or_path=config)
+                with _vectors(p for p in module.parameters() if p.ndim == 0):
+                    deepspeed.zero.Init(module=module, config_dict_or_path=config)
         optimizer = work.make_optimizer((n, p) for n, p in work.model.named_parameters() if p.requires_grad)
         for scalar in (p for p in work.model.parameters() if p.ndim == 0):
-            # DeepSpeed broadcasts what it does not divide as bytes, which a scalar has no view of; ranks begin alike.
-            scalar.ds_optim_param = True  # type: ignore[attr-defined]
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]  # is not broadcast; see _vectors
         try:
             engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=config)
         except (AssertionError, ValueError, RuntimeError) as error:
@@ -419,6 +420,19 @@ class ZeroEngine:
             safe_set_local_optimizer_state(parameter, _part(parameter, tensor), key)
         elif key != "step":
             safe_set_full_optimizer_state(parameter, tensor.to(self.device), key)
+
+
+@contextmanager
+def _vectors(scalars: Iterable[nn.Parameter]) -> Iterator[None]:
+    """DeepSpeed broadcasts parameters as bytes, of which a scalar has no view: for that it is a vector of one."""
+    import torch
+
+    changed = list(scalars)
+    for scalar in changed:
+        scalar.data = scalar.data.view(1)
+    yield
+    for scalar in changed:
+        scalar.ds_shape = torch.Size()  # type: ignore[attr-defined]  # the one that it is gathered in
 
 
 @dataclass(frozen=True)

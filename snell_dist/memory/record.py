@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from snell_dist.engines import Engine
@@ -77,6 +82,26 @@ def peak_of(profiler: torch.profiler.profile) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+class Touched(TorchDispatchMode):
+    """Remembers the memory of every tensor that an operation within the block reads or makes, on whatever device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages = WeakIdKeyDictionary()  # of those that live
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, made)):
+            if isinstance(leaf, torch.Tensor):
+                self._storages[leaf.untyped_storage()] = True
+        return made
+
+    def living_bytes(self, but: Iterable[Tensor]) -> int:
+        """Of all tensors' memory that lives now, but for the memory of these."""
+        known = {tensor.untyped_storage()._cdata for tensor in but}
+        return sum(storage.nbytes() for storage in self._storages if storage._cdata not in known)
 
 
 def memory_profiler() -> torch.profiler.profile:
