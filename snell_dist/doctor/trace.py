@@ -32,7 +32,6 @@ from snell_dist.methods import Place
 from snell_dist.run_config import Run
 from snell_dist.train import meta
 
-
 FLUSHES = 8  # small collectives, after which gloo's threads hold no large buffer
 
 
