@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_at_end: list[Callable[[], None]] = []
 
 
 def rank() -> int:
@@ -71,8 +72,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        while _at_end:
+            _at_end.pop()()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+def at_end(action: Callable[[], None]) -> None:
+    """To be done before the process group is left: a library forgets what it keeps of it."""
+    _at_end.append(action)
 
 
 def ensure_group(device: torch.device) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 EXTRA = "snell_dist[deepspeed]"
 BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a recomputed block
-MOST_IN_BUCKET = 50_000_000  # elements
+LEAST_IN_BUCKET, MOST_IN_BUCKET = 1 << 20, 50_000_000  # elements; smaller messages cost latency, not bytes
 ALIGNED = 1024  # elements of a bucket are a multiple of it
 BUCKETS = 4  # so many at least, that are reduced while backward goes on
 OWN = {
@@ -100,6 +100,7 @@ class Zero(EngineSection):
         if shutil.which("ninja") is None:  # which DeepSpeed compiles with; our environment need not be activated
             os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        dist.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
         config = self.derived(work)
         self._check_extra(config)
         log.info(f"DeepSpeed {deepspeed.__version__}: {json.dumps(config)}")
@@ -120,7 +121,7 @@ class Zero(EngineSection):
     def derived(self, work: Work) -> dict[str, Any]:
         """DeepSpeed's configuration of this work."""
         sizes = [p.numel() for p in work.model.parameters() if p.requires_grad]
-        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), *sizes)
+        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), LEAST_IN_BUCKET, *sizes)
         bucket = -(-bucket // ALIGNED) * ALIGNED
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.stage == 3:  # else DeepSpeed puts a product of its own in place of torch's, which rounds differently

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train, trained
 from traces import ENGINES, SMALL, follow, trace, weights
 
 from snell_dist.config import Plugin
@@ -154,3 +155,10 @@ def test_on_another_number_of_processes_the_next_losses_agree(pair: str, resumed
     found, whole = trace(resumed, pair), trace(resumed, "one-snell")
     assert found.losses is not None and whole.losses is not None
     assert difference(found.losses[0], whole.losses[2]) < 1e-6
+
+
+def test_a_process_trains_one_run_after_another(tmp_path: Path) -> None:
+    """Without a launcher, as `snell reproduce` does; each run has a process group of its own."""
+    runs = [train(tmp_path, "method.rank=4", "engine.name=zero", f"engine.stage={stage}") for stage in (3, 2, 3)]
+    first, _, third = (trained(run.folder) for run in runs)
+    assert all(torch.equal(first[name], third[name]) for name in first)
