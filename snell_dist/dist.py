@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_at_end: list[Callable[[], None]] = []
+_at_end: set[Callable[[], None]] = set()
 
 
 def rank() -> int:
@@ -79,8 +79,8 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def at_end(action: Callable[[], None]) -> None:
-    """To be done before the process group is left: a library forgets what it keeps of it."""
-    _at_end.append(action)
+    """To be done, once, before the process group is left: a library forgets what it keeps of it."""
+    _at_end.add(action)
 
 
 def ensure_group(device: torch.device) -> None:
