@@ -6,12 +6,15 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from snell_dist import dist
 from snell_dist.config import CONFIGS, ConfigError, UserError
 
 BAD_INPUT, INTERRUPTED = 2, 75
+REPEATED_S = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"snell: {line}", file=sys.stderr)
+        _complain(error)
         return BAD_INPUT
     except OSError as error:
         if error.filename is None:
@@ -37,6 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("snell: stopped", file=sys.stderr)
         return 130
+
+
+def _complain(error: UserError) -> None:
+    """Of many ranks the first speaks first: where all fail alike, the launcher ends the others before they repeat."""
+    rank = dist.rank()
+    if rank:
+        time.sleep(REPEATED_S)
+    for line in str(error).splitlines():
+        print(f"snell: [rank {rank}] {line}" if rank else f"snell: {line}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,7 +217,7 @@ def _train(args: argparse.Namespace) -> int:
     from snell_dist.run_config import Run
 
     loaded = load(args.config, args.overrides, Run)
-    from snell_dist import dist, log  # after the check: what follows imports torch
+    from snell_dist import log  # after the check: what follows imports torch
     from snell_dist.job import run
 
     log.set_up()
@@ -233,7 +244,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     folder = Path(args.config) if Path(args.config).is_dir() else None
     loaded = load(str(config_of(folder)) if folder else args.config, args.overrides, Run)
-    from snell_dist import dist, log
+    from snell_dist import log
     from snell_dist.job import measure
 
     log.set_up()

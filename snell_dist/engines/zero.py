@@ -10,13 +10,15 @@ DeepSpeed's JSON is derived from ours and logged; the optimizer, its schedule an
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +89,9 @@ class Zero(EngineSection):
     def prepare(self, work: Work) -> Engine:
         if work.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides by it when it is imported
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed has to change
         try:
             import deepspeed
         except ImportError:
@@ -99,7 +103,8 @@ class Zero(EngineSection):
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it where no launcher ran, too
         if shutil.which("ninja") is None:  # which DeepSpeed compiles with; our environment need not be activated
             os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        with redirect_stdout(io.StringIO()):  # it prints what it built
+            deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         dist.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
         config = self.derived(work)
         self._check_extra(config)
