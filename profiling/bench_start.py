@@ -6,10 +6,11 @@ Every rank of a torchrun job on this machine builds the same configuration of SN
 file, which is written first. Under `ddp` each rank reads the whole model, as everywhere where nothing is sharded; under
 `fsdp` and `zero 3` one rank of the node reads it and the others get their shards a block at a time.
 
-peak     of the process's resident memory while it builds (VmHWM), less what it had before (libraries are loaded)
+peak     of the process's memory while it builds, looked at every few milliseconds, less what it had before: then a tiny
+         model has been built the same way, and all libraries are loaded
 held     what of it stays when the engine is ready
 
-Resident memory counts the pages of the weights file that a rank has mapped, though they can be dropped at any moment.
+Memory is resident and anonymous: not the pages of the weights file, which are mapped and can be dropped at any moment.
 On a CPU a rank's shards are host memory, too; on GPUs they are not. Writes OUT.json, OUT.md.
 """
 
@@ -22,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,9 @@ from compare import environment
 from safetensors.torch import save_file
 
 from snell_dist import dist
-from snell_dist.build import build
+from snell_dist.build import Built, build
 from snell_dist.config import load
+from snell_dist.memory.record import held_bytes
 from snell_dist.run_config import Run
 
 ENGINES = {
@@ -42,7 +45,9 @@ ENGINES = {
     "zero 3": ["engine.name=zero", "engine.stage=3"],
 }
 MODELS = {size: f"vit_{size}_patch16_224" for size in ("base", "large")} | {"huge": "vit_huge_patch14_224"}
+PIXELS = {"base": 32, "large": 32, "huge": 28}  # two patches a side: the digits, which every rank reads, stay small
 MIB = 2**20
+LOOK_S = 0.003
 
 
 def main() -> int:
@@ -58,7 +63,7 @@ def main() -> int:
     report: dict[str, Any] = {"environment": environment(), "processes": args.processes, "engines": {}}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "model.safetensors"
-        model = timm.create_model(MODELS[args.size], in_chans=1)  # what the digits have
+        model = timm.create_model(MODELS[args.size], in_chans=1, img_size=PIXELS[args.size])
         save_file(model.state_dict(), weights)
         report["model"] = {"name": MODELS[args.size], "bytes": weights.stat().st_size}
         del model
@@ -76,24 +81,24 @@ def main() -> int:
 
 def one_rank(size: str, engine: str, weights: str) -> None:
     """Builds, measures, and says on rank 0 what all ranks saw."""
-    said = [f"backbone.size={size}", f"backbone.weights={weights}", "backbone.image_size=224", "data.image_size=224"]
+    tiny = ["backbone.weights=null", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
     own = [f"backbone.{key}=null" for key in ("depth", "width", "heads", "patch_size")]
-    config = load("demo", [*said, *own, "data.batch_size=16", "train.device=cpu", *ENGINES[engine]], Run).config
-    if engine.startswith("zero"):
-        import deepspeed  # noqa: F401  # a library, loaded before the measurement like all others
+    own += [f"{section}.image_size={PIXELS[size]}" for section in ("backbone", "data")]
+    own += [f"backbone.size={size}", f"backbone.weights={weights}"]
     device = torch.device("cpu")
     with dist.process_group(device):
+        built_by(engine, tiny, device)
         torch.distributed.barrier()
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, begin = resident("VmRSS"), time.perf_counter()
-        built = build(config, weights, device)
+        before, begin = anonymous_bytes(), time.perf_counter()
+        with Peak() as peak:
+            built = built_by(engine, own, device)
         seconds = time.perf_counter() - begin
         gc.collect()
         mine = {
-            "peak_bytes": resident("VmHWM") - before,
-            "held_bytes": resident("VmRSS") - before,
-            "engine_bytes": sum(t.untyped_storage().nbytes() for t in built.engine.held()),
+            "peak_bytes": peak.bytes - before,
+            "held_bytes": anonymous_bytes() - before,
+            "engine_bytes": held_bytes(built.engine),
             "seconds": seconds,
         }
         found = dist.gather_objects(mine)
@@ -102,10 +107,37 @@ def one_rank(size: str, engine: str, weights: str) -> None:
     dist.leave(0)
 
 
-def resident(key: str) -> int:
-    """Bytes, from the kernel."""
+def built_by(engine: str, settings: list[str], device: torch.device) -> Built:
+    overrides = [*settings, "data.batch_size=16", "train.device=cpu", *ENGINES[engine]]
+    config = load("demo", overrides, Run).config
+    return build(config, config.backbone.weights, device)
+
+
+def anonymous_bytes() -> int:
+    """Of this process, from the kernel."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+class Peak:
+    """The largest `anonymous_bytes` within the block, as a thread sees it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOK_S):
+            self.bytes = max(self.bytes, anonymous_bytes())
 
 
 def markdown(report: dict[str, Any]) -> str:
