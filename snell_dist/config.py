@@ -217,7 +217,7 @@ def _problem(item: Any, schema: type[Section]) -> Problem:
     elif item["type"] == "missing":
         message, value = "required key is missing", None
     elif item["type"] == "literal_error":
-        known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        known = re.split(", | or ", item["ctx"]["expected"].replace("'", ""))
         message = f"unknown value{nearest(value, known)} (allowed: {', '.join(known)})"
     elif item["type"] == "value_error":
         message = str(item["ctx"]["error"])

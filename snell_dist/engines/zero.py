@@ -9,7 +9,6 @@ DeepSpeed's JSON is derived from ours and logged; the optimizer, its schedule an
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import logging
@@ -27,6 +26,7 @@ from pydantic import Field, model_validator
 from snell_dist import dist, log
 from snell_dist.config import ConfigError, Problem, first_line
 from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work, rest
+from snell_dist.engines._deepspeed_keys import check_extra
 
 if TYPE_CHECKING:
     import torch
@@ -39,26 +39,6 @@ BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a reco
 LEAST_IN_BUCKET, MOST_IN_BUCKET = 1 << 20, 50_000_000  # elements; smaller messages cost latency, not bytes
 ALIGNED = 1024  # elements of a bucket are a multiple of it
 BUCKETS = 4  # so many at least, that are reduced while backward goes on
-OWN = {
-    "train_batch_size": "data.batch_size",
-    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
-    "gradient_accumulation_steps": "data.micro_batch_size",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "fp16": "precision",
-    "bf16": "precision",
-    "torch_autocast": "precision.compute",
-    "activation_checkpointing": "remat",
-    "zero_allow_untested_optimizer": "engine",
-    "zero_force_ds_cpu_optimizer": "engine",
-    "steps_per_print": "train.log_every",
-}
-OWN_IN_ZERO = {
-    "stage": "engine.stage",
-    "offload_optimizer": "engine.offload_optimizer",
-    "offload_param": "engine.frozen",
-}
 
 
 class Zero(EngineSection):
@@ -107,7 +87,7 @@ class Zero(EngineSection):
             deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         dist.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
         config = self.derived(work)
-        self._check_extra(config)
+        check_extra(self.deepspeed_extra, config)
         log.info(f"DeepSpeed {deepspeed.__version__}: {json.dumps(config)}")
         if self.stage == 3:
             for module, own in (*((b, list(b.modules())) for b in work.blocks.values()), (work.model, rest(work))):
@@ -174,68 +154,6 @@ class Zero(EngineSection):
         if self.stage == 3 and work.optim.ema_decay:
             message = "no moving average of what ZeRO-3 divides: use engine.name=fsdp, or engine.stage 0, 1 or 2"
             raise ConfigError(Problem("optim.ema_decay", message, work.optim.ema_decay))
-
-    def _check_extra(self, config: dict[str, Any]) -> None:
-        """Refuses keys that we own and keys that DeepSpeed does not read (it ignores a misspelt one silently)."""
-        key = "engine.deepspeed_extra"
-        problems = [Problem(f"{key}.{k}", f"is ours: say {OWN[k]}") for k in self.deepspeed_extra if k in OWN]
-        inside = self.deepspeed_extra.get("zero_optimization", {})
-        problems += [
-            Problem(f"{key}.zero_optimization.{k}", f"is ours: say {ours}" if ours else "is ours, from what trains")
-            for k, ours in OWN_IN_ZERO.items()
-            if k in inside
-        ]
-        if problems:
-            raise ConfigError(*problems)
-        from deepspeed.runtime.config import DeepSpeedConfig
-
-        known = _Asked(config)
-        try:
-            DeepSpeedConfig(known)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ConfigError(Problem(key, f"DeepSpeed refuses: {_plain(error)}")) from None
-        unknown = [k for k in self.deepspeed_extra if k not in known.asked]
-        problems = []
-        for k in unknown:
-            near = difflib.get_close_matches(k, known.asked, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(Problem(f"{key}.{k}", f"DeepSpeed does not know this key{hint}"))
-        if problems:
-            raise ConfigError(*problems)
-
-
-class _Asked(dict):
-    """A dict that remembers which keys it was asked for: DeepSpeed has no list of the keys that it reads."""
-
-    def __init__(self, content: Mapping[str, Any], asked: set[str] | None = None) -> None:
-        super().__init__(content)
-        self.asked = set() if asked is None else asked
-
-    def __copy__(self) -> _Asked:
-        return _Asked(self, self.asked)
-
-    def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
-        return super().__contains__(key)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self.asked.add(str(key))
-        return super().get(key, default)
-
-    def __getitem__(self, key: Any) -> Any:
-        self.asked.add(str(key))
-        return super().__getitem__(key)
-
-    def keys(self) -> _Asked:  # type: ignore[override]
-        return self
-
-
-def _plain(error: Exception) -> str:
-    """pydantic says the key in one line and what is wrong in the next."""
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return first_line(error)
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in errors())
 
 
 class ZeroEngine:
