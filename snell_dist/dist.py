@@ -214,6 +214,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._interrupts = 0  # a parent may pass Ctrl-C on as SIGTERM, which may come first
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -225,7 +226,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = number
 

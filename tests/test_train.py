@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from snell_dist.adapter import read_tensors
 from snell_dist.build import build
 from snell_dist.config import Plugin, UserError, load
+from snell_dist.dist import StopRequest
 from snell_dist.job import run
 from snell_dist.run_config import Run
 from snell_dist.train import train as train_built
@@ -90,6 +91,16 @@ def test_signals_save_and_leave_a_resumable_run(number: signal.Signals, tmp_path
     done = int(saved.name.removeprefix("step_"))
     assert done > 0
     assert not (folder / "summary.json").exists()
+
+
+def test_only_a_second_ctrl_c_stops_at_once() -> None:
+    """Ctrl-C reaches a whole group, and a parent that passes it on as SIGTERM may be the faster."""
+    with StopRequest().listening() as request:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert request.received is not None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_folder_explains_itself(tmp_path: Path) -> None:
