@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import environment
+from compare import environment, where_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,10 +261,7 @@ def markdown(report: dict[str, Any]) -> str:
             for whose in found["seconds"]
         ]
         lines.append(f"| {' | '.join([found['engine'], *times, *compared, *wire])} |")
-    said = report["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    tail = f"{report['rounds']} rounds. {said['date']}, {said['machine']}, Python {said['python']}, {versions}."
-    return "\n".join([*lines, "", f"{tail} `{said['command']}`", ""])
+    return "\n".join([*lines, "", f"{report['rounds']} rounds. {where_run(report['environment'])}", ""])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 import timm
 import torch
-from compare import environment
+from compare import environment, where_run
 from safetensors.torch import save_file
 
 from snell_dist import dist
@@ -155,10 +155,7 @@ def markdown(report: dict[str, Any]) -> str:
         total = sum(r["peak_bytes"] for r in found) / MIB
         seconds = max(r["seconds"] for r in found)
         lines.append(f"| {name} | {' | '.join(cells)} | **{total:,.0f} MiB** | {seconds:.1f} s |")
-    said = report["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    tail = f"{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`"
-    return "\n".join([*lines, "", f"MiB; of other ranks the most. {tail}", ""])
+    return "\n".join([*lines, "", f"MiB; of other ranks the most. {where_run(report['environment'])}", ""])
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def where_run(said: dict[str, Any]) -> str:
+    """An `environment`, in a line."""
+    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
+    return f"{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`"
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -99,8 +105,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [HEADINGS, ["---"] + ["---:"] * 4, *rows(report["results"])]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     said = report["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    return f"{table}\n\n{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`\n"
+    return f"{table}\n\n{where_run(said)}\n"
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

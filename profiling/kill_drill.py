@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 import torch
-from compare import environment
+from compare import environment, where_run
 from torch import Tensor
 
 from snell_dist import log
@@ -317,13 +317,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         saves = "background" if row["background"] else "foreground"
         lines.append([row["name"], saves, *counts, *bad, *times, f"**{equal}**"])
     total = sum(sum(row["kills"].values()) for row in rows)
-    where = dict.fromkeys(_where(row["environment"]) for row in rows)
+    where = dict.fromkeys(where_run(row["environment"]) for row in rows)
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", f"{total} kills.", "", *where, ""])
-
-
-def _where(said: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    return f"{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mini_tasks
-from compare import environment
+from compare import environment, where_run
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = "1.0e-3", "3.0e-3", "1.0e-2", "3.0e-2", "1.0e-1", "3.0e-1"
@@ -128,9 +128,7 @@ def markdown(report: dict[str, Any], table: str) -> str:
 
 
 def signature() -> str:
-    said = environment()
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    return f"{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`"
+    return where_run(environment())
 
 
 def draw(report: dict[str, Any], file: Path) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import environment
+from compare import environment, where_run
 from safetensors.torch import load_file
 
 from snell_dist.doctor import parity
@@ -218,10 +218,7 @@ def markdown(report: dict[str, Any]) -> str:
     for writer in READERS:
         cells = [shown(found[writer, reader]) for reader in READERS]
         lines.append(f"| {writer} | {' | '.join(cells)} |")
-    said = report["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
-    tail = f"{said['date']}, {said['machine']}, Python {said['python']}, {versions}. `{said['command']}`"
-    return "\n".join([*lines, "", tail, ""])
+    return "\n".join([*lines, "", where_run(report["environment"]), ""])
 
 
 def shown(found: dict[str, Any]) -> str:
