@@ -1,4 +1,4 @@
-"""The command `snell`. Exit status: 0 done, 2 bad input, 75 interrupted and saved (try again with --resume)."""
+"""The command `snell`. What its exit status says is in `exits`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from snell_dist import dist
 from snell_dist.config import CONFIGS, ConfigError, UserError
+from snell_dist.exits import Exit
 
-BAD_INPUT, INTERRUPTED = 2, 75
 REPEATED_S = 3
 
 
@@ -30,15 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         _complain(error)
-        return BAD_INPUT
+        return error.status
     except OSError as error:
         if error.filename is None:
             raise
         print(f"snell: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.BAD_INPUT
     except KeyboardInterrupt:
         print("snell: stopped", file=sys.stderr)
-        return 130
+        return Exit.STOPPED
 
 
 def _complain(error: UserError) -> None:
@@ -53,13 +53,18 @@ def _complain(error: UserError) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand anywhere after the configuration, between options too."""
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    said = list(arguments if arguments is not None else sys.argv[1:])
+    cut = said.index("--") if "--" in said else len(said)
+    args, rest = parser.parse_known_args(said[:cut])
+    if said[cut:] and args.command is not _keep:
+        parser.error(f"unrecognized arguments: {shlex.join(said[cut:])}")
+    args.started = said[cut + 1 :]
     wrong = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    args.arguments = list(arguments if arguments is not None else sys.argv[1:])[1:]  # after the command
+    args.arguments = said[1:]  # after the command
     return args
 
 
@@ -72,10 +77,34 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(train)
     train.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     train.add_argument("--folder", type=Path, help="this run folder instead of a new numbered one")
-    train.add_argument(
+    again = train.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume", action="store_true", help="continue the newest run of this configuration, or --folder"
     )
+    again.add_argument(
+        "--resume-if-any", dest="resume", action="store_const", const="if any", help="begin, or continue what has begun"
+    )
     train.set_defaults(command=_train)
+
+    kept = commands.add_parser(
+        "keep",
+        usage="snell keep RUN [--attempts K] [--grace SECONDS] [--pause SECONDS] -- COMMAND ...",
+        help="start training again after failures, until its run is complete",
+        description="Runs COMMAND, which trains in RUN, again after failures until RUN is complete. SIGUSR1 (a time"
+        " limit is near) and SIGTERM have all ranks save and stop; after SIGUSR1 a Slurm job goes back to the queue.",
+    )
+    kept.add_argument("run", type=Path, metavar="RUN", help="the run folder, as COMMAND's --folder says it")
+    kept.add_argument("--attempts", type=int, default=3, metavar="K", help="without a newer checkpoint (default: 3)")
+    kept.add_argument("--grace", type=float, default=120, metavar="SECONDS", help="to save and stop (default: 120)")
+    kept.add_argument(
+        "--pause", type=float, default=2, metavar="SECONDS", help="after a failure, doubled each (default: 2)"
+    )
+    kept.set_defaults(command=_keep)
+
+    stopped = commands.add_parser("stop", help="have a run save and stop, wherever it is")
+    stopped.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    stopped.add_argument("--within", type=float, default=600, metavar="SECONDS", help="to wait for it (default: 600)")
+    stopped.set_defaults(command=_stop)
 
     measure = commands.add_parser(
         "eval",
@@ -214,14 +243,26 @@ def _takes_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from snell_dist.config import load
+    from snell_dist.keep import leave_verdict
     from snell_dist.run_config import Run
 
-    loaded = load(args.config, args.overrides, Run)
-    from snell_dist import log  # after the check: what follows imports torch
-    from snell_dist.job import run
+    kept = args.folder if args.resume == "if any" else None
+    try:
+        loaded = load(args.config, args.overrides, Run)
+        from snell_dist import log  # after the check: what follows imports torch
+        from snell_dist.job import run
 
-    log.set_up()
-    outcome = run(loaded, args.out, args.resume, args.folder)
+        log.set_up()
+        outcome = run(loaded, args.out, args.resume, args.folder)
+    except UserError as error:
+        if kept:
+            leave_verdict(kept, error.status, str(error))
+        if kept and error.status == Exit.BAD_INPUT:
+            dist.call_off()
+        raise
+    if outcome.interrupted and kept:
+        leave_verdict(kept, Exit.INTERRUPTED, "")
+        return Exit.DONE if dist.launched_by_torchrun() else Exit.INTERRUPTED  # else torchrun would start it again
     if outcome.interrupted:
         again = ["snell", "train", args.config, *args.overrides]
         if outcome.folder is None:  # in the training of its base, which continues by itself
@@ -229,12 +270,25 @@ def _train(args: argparse.Namespace) -> int:
         else:
             again += ["--resume", "--folder", str(outcome.folder)]
         log.info(f"interrupted and saved; continue with: {shlex.join(again)}")
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     if dist.rank() == 0:
         said = outcome.summary
         marked = " (chosen on these images, as the released code does)" if said["protocol"]["marked"] else ""
         print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images{marked}  {outcome.folder}")
     return 0
+
+
+def _keep(args: argparse.Namespace) -> int:
+    from snell_dist.keep import keep
+
+    return keep(args.run, args.started, args.attempts, args.grace, args.pause)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from snell_dist.keep import stop
+
+    print(stop(args.run, args.within))
+    return Exit.DONE
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -273,15 +327,15 @@ def _reproduce(args: argparse.Namespace) -> int:
         planned = matrix.plan(wish)
         matrix.check(planned)
         status = matrix.spawn(args.arguments, args.jobs)
-        interrupted = status == INTERRUPTED
+        interrupted = status == Exit.INTERRUPTED
     else:
         planned, interrupted = matrix.run(wish)
     table = planned.table()
     print(table.markdown(), end="")
     if interrupted:
         log.info(f"interrupted and saved; continue with: {shlex.join(['snell', 'reproduce', *args.arguments])}")
-        return INTERRUPTED
-    return max(status, BAD_INPUT if any(result.failed for result in table.results) else 0)
+        return Exit.INTERRUPTED
+    return max(status, Exit.BAD_INPUT if any(result.failed for result in table.results) else 0)
 
 
 def _share(said: str | None) -> tuple[int, int] | None:
@@ -307,10 +361,10 @@ def _data_check(args: argparse.Namespace) -> int:
     if args.against:
         different = manifest.differences(args.folder, args.against)
         print("\n".join(different) or f"{args.folder}: as in {args.against}")
-        return BAD_INPUT if different else 0
+        return Exit.BAD_INPUT if different else 0
     found, missing = check.look(args.folder, args.quick, contents=False)
     print(manifest.as_json(found, missing) if args.json else check.report(found, missing))
-    return 0 if all(f.sound for f in found) else BAD_INPUT
+    return 0 if all(f.sound for f in found) else Exit.BAD_INPUT
 
 
 def _data_manifest(args: argparse.Namespace) -> int:
@@ -359,7 +413,7 @@ def _checkpoint_verify(args: argparse.Namespace) -> int:
         verdict = checkpoint_tools.verify(place)
         print(verdict, flush=True)
         whole &= verdict.problem is None
-    return 0 if whole else BAD_INPUT
+    return 0 if whole else Exit.BAD_INPUT
 
 
 def _checkpoint_export(args: argparse.Namespace) -> int:
@@ -396,7 +450,7 @@ def _doctor_parity(args: argparse.Namespace) -> int:
         print(report.json())
     else:
         report.show()
-    return BAD_INPUT if report.red else 0
+    return Exit.BAD_INPUT if report.red else 0
 
 
 def _doctor_env(args: argparse.Namespace) -> int:

@@ -19,13 +19,23 @@ from typing import Annotated, Any, Generic, TypeVar, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from snell_dist.exits import Exit
+
 PACKAGE = Path(__file__).parent
 # In a wheel the folder lies inside the package, in a checkout beside it.
 CONFIGS = next((p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()), PACKAGE / "configs")
 
 
 class UserError(Exception):
-    """What the user can mend: one clear line a problem; the command line prints it and exits with status 2."""
+    """What the user can mend: one clear line a problem; the command line prints it and exits with `status`."""
+
+    status = Exit.BAD_INPUT
+
+
+class MachineError(UserError):
+    """Nothing that was said is wrong: a disk is full, a host is gone. Another attempt may succeed."""
+
+    status = Exit.MACHINE
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import random
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from snell_dist.config import ConfigError, Problem, UserError, first_line
+from snell_dist import network
+from snell_dist.config import ConfigError, MachineError, Problem, UserError, first_line
+from snell_dist.exits import Exit
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Store
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+GROUP_TIMEOUT_S = 1800.0  # of a collective operation, torch's own
+MEET_S = 300  # until all ranks have found each other: the slowest node imports torch from a busy file system
+STOP_CHECK_S = 1.0
+PR_SET_PDEATHSIG = 1
 _at_end: set[Callable[[], None]] = set()
 
 
@@ -60,15 +74,35 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the launcher's process group, if there is one, and leaves it at the end."""
+def process_group(
+    device: torch.device, timeout_s: float = GROUP_TIMEOUT_S, meet: Callable[[Store], None] = lambda store: None
+) -> Iterator[None]:
+    """Joins the launcher's process group, if there is one, and leaves it at the end.
+
+    `meet` is called with the launcher's store before the group is made. UserError or MachineError where the ranks do
+    not find each other.
+    """
     import torch.distributed as torch_dist
 
     if world_size() > 1:
+        end_with_parent()
+        if os.getppid() == 1:
+            raise MachineError(f"{host()}: the launcher of rank {rank()} is gone")
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder: who was in which collective
+        store = _store()
+        meet(store)
+        # gloo's own time-out does not cover the making of connections
+        guard = threading.Timer(MEET_S, _unconnected)
+        guard.start()
         try:
-            torch_dist.init_process_group(_backend(device))
+            torch_dist.init_process_group(
+                _backend(device), store=store, rank=rank(), world_size=world_size(),
+                timeout=timedelta(seconds=timeout_s),
+            )  # fmt: skip
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"launcher: {first_line(error)} (start with torchrun, or unset WORLD_SIZE)") from None
+            raise MachineError(f"{host()}: rank {rank()} cannot join the others: {first_line(error)}") from None
+        finally:
+            guard.cancel()
     try:
         yield
     finally:
@@ -76,6 +110,74 @@ def process_group(device: torch.device) -> Iterator[None]:
             _at_end.pop()()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+def host() -> str:
+    return platform.node()
+
+
+def _store() -> Store:
+    """The launcher's store, once the interface that leads to it is chosen."""
+    import torch.distributed as torch_dist
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"launcher: WORLD_SIZE is {world_size()} but MASTER_ADDR and MASTER_PORT do not name the first rank's"
+            " host and port (start with torchrun, or unset WORLD_SIZE)"
+        ) from None
+    where = f"MASTER_ADDR={address}"
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise MachineError(f"{host()}: {where}: the name is not known there: {error.strerror}") from None
+    interface = network.interface_to(address)
+    if interface is not None and world_size() > local_world_size():
+        for name in INTERFACES:
+            os.environ.setdefault(name, interface)
+    if rank() and not network.reaches(address, port, MEET_S):
+        raise MachineError(
+            f"{host()}: rank {rank()} cannot reach {where} port {port} within {MEET_S} s: nothing listens there, or a"
+            " firewall is between (rank 0 must run on that host)"
+        )
+    try:
+        store, _, _ = next(torch_dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
+    except (ValueError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            said = f"{where} port {port} is in use on {host()}: end what listens there, or set another MASTER_PORT"
+            raise UserError(said) from None
+        raise MachineError(f"{host()}: {where} port {port}: {first_line(error)}") from None
+    return store
+
+
+def _unconnected() -> None:
+    print(
+        f"snell: [rank {rank()}] {host()}: reached the first rank, but not all of the {world_size()} ranks within"
+        f" {MEET_S} s: a firewall between the nodes, or the wrong interface"
+        f" ({', '.join(f'{name}={os.environ[name]}' for name in INTERFACES if name in os.environ)})",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(Exit.MACHINE)
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_with_parent() -> None:
+    """This process gets SIGTERM when the one that started it dies: a rank saves and ends, and trains on for nobody."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def call_off() -> None:
+    """Keeps torchrun from starting the ranks of this node again, where that would end the same way."""
+    if launched_by_torchrun():
+        with suppress(ProcessLookupError):
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def at_end(action: Callable[[], None]) -> None:
@@ -138,18 +240,22 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def first_does(action: Callable[[], T]) -> T:
-    """Rank 0 acts, and all get its result. UserError on every rank where it raised that or an OSError."""
-    found: Any = None
+    """Rank 0 acts, and all get its result. UserError, or MachineError for an OSError, on every rank where it fails."""
+    told: Any = None
+    error: UserError | None = None
     if rank() == 0:
         try:
-            found = (action(), None)
-        except UserError as error:
-            found = (None, str(error))
-        except OSError as error:
-            found = (None, f"{error.filename}: {error.strerror}")
-    result, problem = broadcast_object(found)
+            result = action()
+            told = (result, None)
+        except (UserError, OSError) as raised:
+            error = raised if isinstance(raised, UserError) else MachineError(f"{raised.filename}: {raised.strerror}")
+            told = (None, (str(error), MachineError if isinstance(error, MachineError) else UserError))
+    result, problem = broadcast_object(told)
+    if error is not None:
+        raise error from None
     if problem is not None:
-        raise UserError(problem)
+        said, kind = problem
+        raise kind(said)
     return result
 
 
@@ -210,11 +316,15 @@ def seed_everything(*numbers: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the end of the step; a second Ctrl-C stops at once."""
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the end of the step; a second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    `file`: so does its being touched, which reaches a run under any launcher, and on any node.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self.received: int | None = None
         self._interrupts = 0  # a parent may pass Ctrl-C on as SIGTERM, which may come first
+        self._file, self._checked, self._before = file, time.monotonic(), self._touched(file)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -231,8 +341,23 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = number
 
+    @staticmethod
+    def _touched(file: Path | None) -> int:
+        try:
+            return file.stat().st_mtime_ns if file is not None else 0
+        except OSError:
+            return 0
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if rank() == 0 and self._file is not None and now - self._checked > STOP_CHECK_S:
+            self._checked = now
+            if self._touched(self._file) > self._before:
+                self.received = signal.SIGUSR1
+
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer, after the same step."""
+        self._look()
         if world_size() == 1:
             return self.received is not None
         import torch

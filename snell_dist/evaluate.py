@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from snell_dist import dist
+from snell_dist import dist, heartbeat
 from snell_dist.data import PADDING, Batch, DataSection, Images
 from snell_dist.feed import every_once
 
@@ -40,12 +40,14 @@ def evaluate(
     engine: Engine, logits_of: Callable[[Batch], Tensor], images: Images, classes: int, data: DataSection
 ) -> Measured:
     """logits_of: a batch to [B, classes]."""
+    heartbeat.enter("evaluate")
     from torchmetrics.functional.classification import binary_calibration_error, multiclass_accuracy  # seconds
 
     training = engine.model.training
     engine.model.eval()
     rows, sizes = [], []
     for batch in every_once(images, data):
+        heartbeat.enter("evaluate")
         batch = batch.to(engine.device)
         rows.append(_rows(logits_of(batch).float(), batch.labels))
         sizes.append(len(batch.labels))

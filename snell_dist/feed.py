@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from snell_dist import dist
+from snell_dist import dist, heartbeat
 from snell_dist.config import UserError
 from snell_dist.data import PADDING, Batch, DataSection, Images
 
@@ -62,9 +62,11 @@ class Feed:
         total = len(self._indices(self._step))
         self._step += 1
         for piece in range(self._pieces):
+            heartbeat.enter("data")
             begin = time.perf_counter()
             images, labels = next(self._batches)
             self._waited_s += time.perf_counter() - begin
+            heartbeat.enter("forward")
             yield Batch(images, labels, total=total, last=piece == self._pieces - 1)
 
     def waited_s(self) -> float:

@@ -7,17 +7,20 @@ from typing import Literal
 
 import torch
 
-from snell_dist import adapter, dist, log, run_folder
+from snell_dist import adapter, dist, hang, heartbeat, log, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
 from snell_dist.config import ConfigError, Loaded, UserError, load
 from snell_dist.methods.full import Full
 from snell_dist.observers import trackers
+from snell_dist.preflight import Preflight
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome, train
 
+LEAVING_S = 60.0  # until what is left of an earlier attempt has saved and ended
 
-def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | None = None) -> Outcome:
+
+def run(loaded: Loaded[Run], out: Path, resume: run_folder.Resume = False, folder: Path | None = None) -> Outcome:
     """Trains a configuration in a folder of its own under `out`, or in `folder`; with `resume`, continues there.
 
     Raises ConfigError (with the lines of the keys) or UserError before anything is written.
@@ -26,7 +29,10 @@ def run(loaded: Loaded[Run], out: Path, resume: bool = False, folder: Path | Non
         device = dist.pick_device(loaded.config.train.device)
     except ConfigError as error:
         raise loaded.locate(error) from None
-    with dist.process_group(device):
+    check = Preflight(loaded.config, folder or out, device)
+    # the heartbeat's thread ends a stuck run, and says why; where it cannot, the group's own time-out does
+    with dist.process_group(device, 4 * loaded.config.train.hang_timeout_s, check.meet):
+        check.shake_hands()
         return _run(loaded, out, resume, folder, device, ())
 
 
@@ -51,12 +57,16 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
 
 
 def _run(
-    loaded: Loaded[Run], out: Path, resume: bool, folder: Path | None, device: torch.device, above: tuple[str, ...]
+    loaded: Loaded[Run],
+    out: Path,
+    resume: run_folder.Resume,
+    folder: Path | None,
+    device: torch.device,
+    above: tuple[str, ...],
 ) -> Outcome:
     config = loaded.config
     trackers.check(config.train.track)
-    place = run_folder.choose(out, loaded.name, config, resume, folder) if dist.rank() == 0 else None
-    place = dist.broadcast_object(place)
+    place = dist.first_does(lambda: run_folder.choose(out, loaded.name, config, resume, folder))
     if place is not None and run_folder.is_complete(place):
         log.info(f"{place} is complete, nothing to do")
         return Outcome(place, False, run_folder.read_summary(place))
@@ -68,15 +78,15 @@ def _run(
         built = build(config, weights, device)
     except ConfigError as error:
         raise loaded.locate(error) from None
-    if dist.rank() == 0:
-        place = place or run_folder.create(out, loaded.name, config, folder)
-    place = dist.broadcast_object(place)
-    with run_folder.lock(place), log.also_to(place / "train.log"):
+    place = dist.first_does(lambda: place or run_folder.create(out, loaded.name, config, folder))
+    with run_folder.lock(place, patience_s=LEAVING_S if resume == "if any" else 0), log.also_to(place / "train.log"):
         log.info(f"run folder {place}")
         log.info(audit(config, built, device))
-        if dist.rank() == 0:
-            run_folder.record_attempt(place, config, config.train.seed, str(device))
-        return train(config, place, built, device)
+        hosts = list(dict.fromkeys(dist.gather_objects(dist.host())))
+        seed = config.train.seed
+        attempt = dist.first_does(lambda: run_folder.record_attempt(place, config, seed, str(device), hosts))
+        with heartbeat.beating(place, attempt, built.steps, config.train.hang_timeout_s, hang.end):
+            return train(config, place, built, device)
 
 
 class Interrupted(UserError):
@@ -92,7 +102,7 @@ def _weights(config: Run, out: Path, device: torch.device, above: tuple[str, ...
     base = load(name, [], Run)
     if base.name in above:
         raise UserError(f"backbone.weights = 'config:{name}': the configurations start from each other in a circle")
-    with run_folder.lock(out / base.name, wait=True):  # runs that start together share one base
+    with run_folder.lock(out / base.name, patience_s=float("inf")):  # runs that start together share one base
         place = run_folder.newest(out, base.name, base.config) if dist.rank() == 0 else None
         place = dist.broadcast_object(place)
         if place is None or not run_folder.is_complete(place):

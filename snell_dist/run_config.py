@@ -34,6 +34,9 @@ class Train(Section):
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="where the loss or the gradient is not finite: end the run, or leave the step out"
     )
+    hang_timeout_s: float = Field(
+        600.0, gt=0, description="seconds without progress after which a run ends, and says which rank keeps the others"
+    )
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="trackers that follow the run (extra trackers)"

@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,22 +34,28 @@ from snell_dist.files import write_atomic
 FREE = (
     "engine.", "remat.", "data.micro_batch_size", "data.eval_batch_size", "data.workers", "train.device",
     "train.log_every", "train.save_every", "train.save_in_background", "train.keep", "train.track",
+    "train.hang_timeout_s",
 )  # fmt: skip
 PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors", "pydantic")
 
 
-def choose(out: Path, name: str, config: Section, resume: bool, folder: Path | None) -> Path | None:
+Resume = (
+    bool | Literal["if any"]
+)  # "if any": continue what has begun, else begin it, for whoever starts again and again
+
+
+def choose(out: Path, name: str, config: Section, resume: Resume, folder: Path | None) -> Path | None:
     """The existing folder to continue in, or None for a new one.
 
     Raises UserError where the wish does not fit what is there.
     """
     if folder is None:
         found = newest(out, name, config) if resume else None
-        if resume and found is None:
+        if resume is True and found is None:
             raise UserError(f"--resume: {out / name} has no run of this configuration; start one without --resume")
         return found
     if not _begun(folder):
-        if resume:
+        if resume is True:
             raise UserError(f"--resume: {folder}: no such run folder")
         return None
     if not resume:
@@ -98,27 +104,45 @@ def _number(parent: Path) -> Path:
             continue
 
 
+STOP = ".stop"  # to touch it is to ask the run to save and stop
+
+
+def saved_at(folder: Path) -> int:
+    """When a checkpoint was last completed, in nanoseconds by the file system's clock; 0 before the first."""
+    try:
+        return (folder / "checkpoints" / "latest").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 class Busy(UserError):
     """Another process is at work there."""
 
 
 @contextmanager
-def lock(folder: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, name: str = ".lock", patience_s: float = 0.0) -> Iterator[None]:
     """Keeps other processes out; the lock ends with the process, however it ends.
 
-    Raises Busy where another process has it; with `wait`, waits for its end.
+    Raises Busy, on every rank, where another process has it and does not end within `patience_s`.
     """
     import fcntl
 
-    if dist.rank() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise Busy(f"{folder}: another process is training there") from None
+    stack, end = ExitStack(), time.monotonic() + patience_s
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = stack.enter_context((folder / name).open("w"))
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise Busy(f"{folder}: another process is training there") from None
+                time.sleep(0.1)
+
+    with stack:
+        dist.first_does(take)
         yield
 
 
@@ -159,17 +183,24 @@ def _changes(folder: Path, config: Section) -> list[str]:
     return sorted({key for key, _ in _flat(stored).items() ^ _flat(config.model_dump()).items()})
 
 
-def record_attempt(folder: Path, config: Section, seed: int, device: str) -> None:
-    """Adds this start of the run to run.json, with what is not as in the first start's config.yaml."""
+def attempts(folder: Path) -> list[dict[str, Any]]:
+    """What run.json says of each start of the run, the first one first."""
     file = folder / "run.json"
-    attempts = json.loads(file.read_text()) if file.exists() else []
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def record_attempt(folder: Path, config: Section, seed: int, device: str, hosts: list[str]) -> int:
+    """Adds this start of the run to run.json, with what is not as in its config.yaml. Returns its number, from 1."""
+    before = attempts(folder)
     said = _flat(config.model_dump())
-    attempts.append(
+    before.append(
         {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "folder": os.getcwd(),
             "host": platform.node(),
+            "hosts": hosts,
+            "job": os.environ.get("SLURM_JOB_ID"),
             "device": device,
             "cpu_count": os.cpu_count(),
             "world_size": dist.world_size(),
@@ -181,7 +212,8 @@ def record_attempt(folder: Path, config: Section, seed: int, device: str) -> Non
             "git": _git_commit(),
         }
     )
-    write_atomic(file, json.dumps(attempts, indent=2))
+    write_atomic(folder / "run.json", json.dumps(before, indent=2))
+    return len(before)
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from snell_dist import adapter, dist, log, mistakes, optim, results, run_folder
+from snell_dist import adapter, dist, heartbeat, log, mistakes, optim, results, run_folder
 from snell_dist.build import Built
 from snell_dist.checkpoint import Checkpoints, Meta, newest
 from snell_dist.config import UserError
@@ -44,7 +44,7 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
     start = resume(config, folder, built, selection)
     timer, summary = StepTimer(device), dict[str, Any]()
     with ExitStack() as stack:
-        stop = stack.enter_context(dist.StopRequest().listening())
+        stop = stack.enter_context(dist.StopRequest(folder / run_folder.STOP).listening())
         observers = _observers(config, folder, built, start)
         for observer in observers:
             stack.callback(observer.on_end, summary)
@@ -92,12 +92,14 @@ def loop(
     done = start
     for step in range(start, built.steps):
         # one step: gradients of the mean loss over the whole batch, one update
+        heartbeat.enter("data", step + 1)
         timer.start()
         dist.seed_everything(cfg.seed, step, dist.rank())
         loss = task.step(engine, feed.step())
         if step == start:
             check_gradients(built)
         gradients = {name: g for name, g in engine.gradients() if name in watched} if watched else {}
+        heartbeat.enter("update")
         lr = optim.lr_at(config.optim, step, built.steps, epoch)
         grad_norm = engine.step(lr)
         task.after_step(engine)
@@ -107,9 +109,11 @@ def loop(
         timer.stop()
 
         # what is said, looked at, saved
+        heartbeat.enter("agree")
         done, metrics = step + 1, {}
         last, stopping = done == built.steps, stop.agreed(engine.device)
         logs, saves = done % cfg.log_every == 0 or last, done % cfg.save_every == 0 or last or stopping
+        heartbeat.enter("log")
         if logs or saves:  # nothing is saved before it is seen to be finite
             figures = {"loss": dist.sum_over_ranks(loss).item(), "grad_norm": grad_norm.item(), "lr": lr}
             check_finite(cfg.nonfinite, figures, step)
@@ -121,6 +125,7 @@ def loop(
         for observer in observers:
             observer.on_step(Moment(step, metrics))
         if saves:
+            heartbeat.enter("save")
             checkpoints.save(engine.state() | selection.state(), meta(config, built, done, lr))
         checkpoints.settle(wait=last or stopping)
         if stopping:

@@ -147,7 +147,7 @@ def run(wish: Wish) -> tuple[Matrix, bool]:
             cell.folder.mkdir(parents=True, exist_ok=True)
             run_folder.write_atomic(cell.folder / FAILED, str(error))
             log.info(f"{cell.method}, {cell.task}, seed {cell.seed} failed: {error}")
-        with run_folder.lock(matrix.folder, wait=True):
+        with run_folder.lock(matrix.folder, patience_s=float("inf")):
             matrix.write()
     return matrix, False
 

@@ -11,7 +11,6 @@ import platform
 import resource
 import shutil
 import socket
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from snell_dist.engines.zero import BROKEN, EXTRA
+from snell_dist.network import addresses, interfaces
 
 GIB = 2**30
 LEAST_SHM, LEAST_FILES, LEAST_DISK, LEAST_MEMORY = GIB, 4096, 5 * GIB, 2 * GIB
@@ -385,8 +385,8 @@ def look() -> Facts:
         limits={name: _limit(getattr(resource, number)) for name, number in LIMITS.items()},
         tools={name: shutil.which(name, path=path) for name in ("g++", "ninja")},
         host=host,
-        addresses=_addresses(host),
-        interfaces=_interfaces(),
+        addresses=addresses(host),
+        interfaces=interfaces(),
         folder=str(Path.cwd()),
         disk_free=shutil.disk_usage(".").free,
         variables=relevant(os.environ),
@@ -498,33 +498,6 @@ def _available(meminfo: str) -> int | None:
 def _limit(which: int) -> tuple[int | None, int | None]:
     soft, hard = (None if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(which))
     return soft, hard
-
-
-def _addresses(host: str) -> list[str]:
-    try:
-        return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
-    except OSError:
-        return []
-
-
-def _interfaces() -> dict[str, str | None]:
-    return {name: _address(name) for _, name in socket.if_nameindex()}
-
-
-def _address(interface: str) -> str | None:
-    """IPv4, as Linux tells it."""
-    import fcntl
-    import struct
-
-    asks = 0x8915  # SIOCGIFADDR
-    if not sys.platform.startswith("linux"):
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as door:
-        try:
-            answer = fcntl.ioctl(door, asks, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _clock(uptime: str) -> str:

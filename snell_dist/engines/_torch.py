@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from snell_dist import dist
+from snell_dist import dist, heartbeat
 from snell_dist.config import UserError
 from snell_dist.engines import Saved, Unit, Work
 
@@ -61,6 +61,7 @@ class TorchEngine:
         return tree_map_only(Tensor, Tensor.double if exact else Tensor.float, outputs)
 
     def backward(self, loss: Tensor) -> None:
+        heartbeat.enter("backward")
         loss.backward()
         if self._last:
             for parameter in self._loose:

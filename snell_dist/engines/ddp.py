@@ -5,6 +5,7 @@ Only what trains has gradients, so only it is in DDP's buckets and on the wire.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 from snell_dist import dist
@@ -26,6 +27,7 @@ class Ddp(EngineSection):
         model = work.model.to(work.device)
         if dist.world_size() == 1:
             return TorchEngine(work, model)
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its heir syncs at init
         trains = sum(p.nbytes for p in model.parameters() if p.requires_grad) / MIB
         # gradient_as_bucket_view spares a second copy of every gradient; buffers are the same on every rank already.
         ddp = DistributedDataParallel(

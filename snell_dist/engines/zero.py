@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from snell_dist import dist, log
+from snell_dist import dist, heartbeat, log
 from snell_dist.config import ConfigError, Problem, first_line
 from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work, rest
 from snell_dist.engines._deepspeed_keys import check_extra
@@ -183,6 +183,7 @@ class ZeroEngine:
         return tree_map_only(torch.Tensor, torch.Tensor.float, outputs)
 
     def backward(self, loss: Tensor) -> None:
+        heartbeat.enter("backward")
         self._engine.backward(loss, scale_wrt_gas=False)  # the loss is the mean over the whole batch already
 
     def step(self, lr: float) -> Tensor:

@@ -1,0 +1,282 @@
+"""`snell keep`: starts a run's command again until the run is complete, and knows when to stop trying.
+
+    outcome of the command                        what follows
+    the run is complete                           done (0)
+    bad input, said by a rank                     the end (2): another attempt would end the same way
+    a rank, a node, a disk or the network failed  again; in a Slurm job the second time from the queue, on other nodes
+    K failures in a row without a new checkpoint  the end (76)
+    asked to stop, and saved                      the end (75); after SIGUSR1 in a Slurm job back to the queue
+
+Launchers tell little of how their ranks ended, so ranks leave a verdict in the run folder. In the other direction a
+file in the run folder asks all ranks to save and stop; no signal has to find its way through srun, ssh and agents.
+Nothing here imports torch: the command is started at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from snell_dist import dist, heartbeat, run_folder
+from snell_dist.config import UserError
+from snell_dist.exits import Exit
+
+VERDICTS, LAUNCHES = ".verdicts.jsonl", ".launches.jsonl"
+ALIVE_S = 10.0  # a younger heartbeat is of a rank that lives
+POLL_S = 0.2
+END_S = 15.0  # from SIGTERM to SIGKILL
+MOST_PAUSE_S = 300.0
+
+Outcome = Literal["complete", "bad input", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of the command. `saved_at`: of the newest checkpoint then; `outcome` is empty where nobody saw it."""
+
+    began: str
+    host: str
+    job: str | None
+    restarts: int  # of that job
+    saved_at: int
+    outcome: str = ""
+    status: int | None = None  # of the command
+    why: str = ""
+
+
+def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pause_s: float) -> int:
+    """Runs the command until the run in `folder` is complete. Returns what `exits` lists.
+
+    attempts: failures in a row without a newer checkpoint; those before a Slurm job was put back into the queue count.
+    grace_s: from a request to stop to the end of the ranks. UserError where there is nothing to run.
+    """
+    if not command:
+        raise UserError("keep: no command; say snell keep RUN -- COMMAND ... --folder RUN --resume-if-any")
+    if "--resume-if-any" not in command:
+        raise UserError(f"keep: {shlex.join(command)}: must have --resume-if-any, to begin the run and to continue it")
+    if attempts < 1:
+        raise UserError(f"keep: --attempts {attempts}: must be at least 1")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"keep: {folder}: cannot be made: {error.strerror}") from None
+    requests = _Requests()
+    while True:
+        if run_folder.is_complete(folder):
+            _say(f"{folder} is complete")
+            return Exit.DONE
+        before = run_folder.saved_at(folder)
+        made = launches(folder)
+        stalled = stalls(made, before)
+        if stalled >= attempts:
+            last = f", the last one with: {made[-1].why}" if made[-1].why else ""
+            _say(f"{stalled} attempts in a row ended without a new checkpoint{last}; giving up, see {folder}/train.log")
+            return Exit.GAVE_UP
+        launch = _once(folder, command, grace_s, requests)
+        if launch.outcome == "complete":
+            return Exit.DONE
+        if launch.outcome == "bad input":
+            _say(f"not started again, since it would end the same way: {launch.why}")
+            return Exit.BAD_INPUT
+        if requests.received is not None or launch.outcome == "interrupted":
+            back = requests.received == signal.SIGUSR1 and launch.job and _requeue(launch.job)
+            _say("stopped as asked; " + ("back to the queue" if back else "the same command goes on from there"))
+            return Exit.INTERRUPTED
+        stalled = stalls(launches(folder), run_folder.saved_at(folder))
+        said = f"the command ended with {launch.status}{f' ({launch.why})' if launch.why else ''}"
+        if 2 <= stalled < attempts and launch.job and _requeue(launch.job):
+            _say(f"{said}, {stalled} times in a row without a new checkpoint: back to the queue, for other nodes")
+            return Exit.MACHINE
+        if stalled < attempts:
+            pause = min(pause_s * 2 ** max(0, stalled - 1), MOST_PAUSE_S)
+            _say(f"{said}; starting again in {pause:.0f} s ({stalled} of {attempts} without a new checkpoint)")
+            if requests.wait(pause):
+                return Exit.INTERRUPTED
+
+
+def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Requests) -> Launch:
+    """One start of the command, to its end and that of its ranks."""
+    _clear(folder, grace_s)
+    verdicts = folder / VERDICTS
+    offset = verdicts.stat().st_size if verdicts.exists() else 0
+    launch = Launch(
+        time.strftime("%Y-%m-%dT%H:%M:%S%z"), platform.node(), os.environ.get("SLURM_JOB_ID"),
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")), run_folder.saved_at(folder),
+    )  # fmt: skip
+    try:
+        child = subprocess.Popen(command, preexec_fn=dist.end_with_parent)
+    except OSError as error:
+        raise UserError(f"keep: {command[0]}: cannot be started: {error.strerror}") from None
+    _append(folder / LAUNCHES, asdict(launch))
+    due: float | None = None  # when the command is to end, if its ranks have not ended it by then
+    while child.poll() is None:
+        time.sleep(POLL_S)
+        if requests.received is None:
+            continue
+        now = time.monotonic()
+        (folder / run_folder.STOP).touch()  # again and again: ranks that are starting look later
+        if due is None:
+            due = now + (grace_s if _alive(folder) else 0.0)
+        elif not _alive(folder):
+            due = min(due, now + END_S)
+        if requests.urgent > 1 or now > due + END_S:
+            child.kill()
+        elif requests.urgent or now > due:
+            child.terminate()
+    status, why = _verdict(verdicts, offset)
+    outcome: Outcome = "failed"
+    if run_folder.is_complete(folder):
+        outcome = "complete"
+    elif status == Exit.BAD_INPUT:
+        outcome = "bad input"
+    elif status == Exit.INTERRUPTED and (folder / run_folder.STOP).exists():
+        outcome = "interrupted"  # else a launcher died, which its ranks hear as SIGTERM
+    ended = Launch(**{**asdict(launch), "outcome": outcome, "status": child.returncode, "why": why})
+    _append(folder / LAUNCHES, asdict(ended))
+    return ended
+
+
+class _Requests:
+    """Signals to this process, from now on."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.urgent = 0
+        for number in dist.SIGNALS:
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.urgent += self.received is not None and number == signal.SIGINT
+        # a time limit's warning comes first, and the job is put back even if it is then ended
+        self.received = self.received if self.received == signal.SIGUSR1 else number
+
+    def wait(self, seconds: float) -> bool:
+        """Whether a request came within so long."""
+        end = time.monotonic() + seconds
+        while self.received is None and time.monotonic() < end:
+            time.sleep(POLL_S)
+        return self.received is not None
+
+
+def stop(folder: Path, within_s: float) -> str:
+    """Has the run in `folder` save and stop. Returns what there is to say; UserError where nothing trains there."""
+    run_folder.config_of(folder)
+    if not _alive(folder):
+        raise UserError(f"stop: {folder}: nothing is training there")
+    end = time.monotonic() + within_s
+    while _alive(folder):
+        if time.monotonic() > end:
+            raise UserError(
+                f"stop: {folder}: still trains after {within_s:.0f} s; snell doctor hang {folder} says where"
+            )
+        (folder / run_folder.STOP).touch()
+        time.sleep(POLL_S)
+    return f"{folder}: stopped; continue with snell train ... --resume --folder {folder}"
+
+
+def leave_verdict(folder: Path, status: Exit, why: str) -> None:
+    """For whoever keeps the run: how this rank ended. Nothing where no run folder is."""
+    if folder.is_dir():
+        said = {"status": int(status), "why": why.partition("\n")[0], "rank": dist.rank(), "host": dist.host()}
+        _append(folder / VERDICTS, said)
+
+
+def launches(folder: Path) -> list[Launch]:
+    """What was started there, the first one first; a start and its end are one."""
+    found: dict[tuple[str, str], Launch] = {}
+    for said in _lines(folder / LAUNCHES):
+        launch = Launch(**said)
+        found[launch.began, launch.host] = launch
+    return list(found.values())
+
+
+def stalls(made: Sequence[Launch], saved_at: int) -> int:
+    """Failures in a row up to now since the newest checkpoint was completed; those of this job or this host."""
+    job, host = os.environ.get("SLURM_JOB_ID"), platform.node()
+    count = 0
+    for launch in reversed([m for m in made if (m.job == job if job else m.host == host)]):
+        if launch.saved_at != saved_at or launch.outcome not in ("failed", ""):
+            break
+        count += 1
+    return count
+
+
+def _clear(folder: Path, grace_s: float) -> None:
+    """Ranks of an earlier attempt that still live save and end first; then nobody is asked to stop."""
+    end = time.monotonic() + grace_s
+    while _alive(folder) and time.monotonic() < end:
+        (folder / run_folder.STOP).touch()
+        time.sleep(POLL_S)
+    (folder / run_folder.STOP).unlink(missing_ok=True)
+
+
+def _alive(folder: Path) -> bool:
+    """Whether some rank trains there, by its heartbeat."""
+    return any(not beat.ended and beat.age_s < ALIVE_S and _exists(beat) for beat in heartbeat.read(folder))
+
+
+def _exists(beat: heartbeat.Beat) -> bool:
+    """Of a rank on this machine it can be seen; of another, its heartbeat is all that there is."""
+    if beat.host != platform.node():
+        return True
+    try:
+        os.kill(beat.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _requeue(job: str) -> bool:
+    """Puts the Slurm job back into the queue, which ends this process; False where Slurm does not."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _say(f"scontrol requeue {job}: {error}")
+        return False
+    if done.returncode:
+        _say(f"scontrol requeue {job}: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def _verdict(file: Path, offset: int) -> tuple[int | None, str]:
+    """What the ranks of the last start left; bad input counts before all, then a request to stop."""
+    said = _lines(file, offset)
+    for status in (Exit.BAD_INPUT, Exit.INTERRUPTED):
+        for line in said:
+            if line["status"] == status:
+                return status, line["why"]
+    return (said[0]["status"], said[0]["why"]) if said else (None, "")
+
+
+def _append(file: Path, said: dict[str, object]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(said) + "\n")
+
+
+def _lines(file: Path, offset: int = 0) -> list[dict]:
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_bytes()[offset:].splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut off by a full disk or a crash
+            continue
+    return found
+
+
+def _say(message: str) -> None:
+    print(f"snell keep: {message}", file=sys.stderr, flush=True)
