@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from snell_dist import dist, log
-from snell_dist.config import UserError
+from snell_dist.config import MachineError, UserError
 from snell_dist.files import sha256, sync, write_atomic
 
 FORMAT: Final = "snell_dist checkpoint 2"
@@ -98,9 +98,9 @@ class Checkpoint:
         self.read(into)
         return into
 
-    def damage(self, contents: bool) -> str | None:
-        """What is wrong with its files; `contents`: their hashes as well as their sizes."""
-        for name, (size, digest) in self.meta.files.items():
+    def damage(self, contents: bool, share: slice = slice(None)) -> str | None:
+        """What is wrong with its files, or with a share of them; `contents`: their hashes as well as their sizes."""
+        for name, (size, digest) in list(self.meta.files.items())[share]:
             file = self.path / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -154,13 +154,17 @@ def opened(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest that is whole; the same on every rank."""
-    path = None
-    if dist.rank() == 0:
-        whole = finished(folder)
-        path = whole[-1].path if whole else None
-    path = dist.broadcast_object(path)
-    return None if path is None else opened(path)
+    """The newest that is whole, the same on every rank; they share the reading of its files."""
+    paths = dist.first_does(lambda: [one.path for one in finished(folder)])
+    for path in reversed(paths):
+        one = opened(path)
+        share = slice(dist.rank(), None, dist.world_size())
+        problems = [found for found in dist.gather_objects(one.damage(contents=True, share=share)) if found]
+        if not problems:
+            return one
+        if dist.rank() == 0:
+            log.warn(f"checkpoint {path} is damaged and left alone: {problems[0]}")
+    return None
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Checkpoints:
             self._options = {"process_group": torch.distributed.new_group(backend="gloo")}
 
     def save(self, state: Mapping[str, Tensor], meta: Meta) -> None:
-        """UserError, on every rank, where it cannot be written; older ones stay as they are."""
+        """MachineError, on every rank, where it cannot be written; older ones stay as they are."""
         self.settle(wait=True)
         temporary = dist.first_does(lambda: self._begin(meta.step))
         writer = FileSystemWriter(temporary, sync_files=True)
@@ -229,7 +233,7 @@ class Checkpoints:
                 kept = [c.path.name for c in finished(self._folder)]
                 stays = f"{kept[-1]} stays whole" if kept else "there is none before it"
                 free = f"{shutil.disk_usage(self._parent).free / 2**20:,.0f} MiB are free there"
-                raise UserError(f"{self._parent}: cannot save step {meta.step}: {problems[0]} ({free}); {stays}")
+                raise MachineError(f"{self._parent}: cannot save step {meta.step}: {problems[0]} ({free}); {stays}")
             assert metadata is not None
             self._complete(meta, temporary, metadata, {k: v for f, _ in everyone for k, v in f.items()})
 

@@ -106,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     stopped.add_argument("--within", type=float, default=600, metavar="SECONDS", help="to wait for it (default: 600)")
     stopped.set_defaults(command=_stop)
 
+    told = commands.add_parser("status", help="how a run is: step, rate, time left, checkpoint, attempts, who is late")
+    told.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    told.add_argument("--json", action="store_true", help="for machines")
+    told.set_defaults(command=_status)
+
+    logs = commands.add_parser("logs", help="what all ranks of a run said, in the order of time")
+    logs.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    logs.add_argument("--rank", type=int, metavar="N", help="only this one")
+    logs.add_argument("--follow", action="store_true", help="until the run is complete")
+    logs.set_defaults(command=_logs)
+
     measure = commands.add_parser(
         "eval",
         help="accuracy of a base before training, or of a finished run",
@@ -182,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     converted.set_defaults(command=_checkpoint_convert)
 
     doctor = commands.add_parser("doctor", help="the same numbers under every engine; what of this machine will hurt")
-    verbs = doctor.add_subparsers(required=True, metavar="parity|env")
+    verbs = doctor.add_subparsers(required=True, metavar="parity|env|hang")
     parity = verbs.add_parser(
         "parity",
         help="a few steps in one process and under every engine, compared",
@@ -203,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     surroundings.add_argument("--json", action="store_true", help="for machines")
     surroundings.set_defaults(command=_doctor_env)
+
+    stuck = verbs.add_parser("hang", help="which rank of a run keeps the others, where, and since when")
+    stuck.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    stuck.set_defaults(command=_doctor_hang)
 
     backbones = commands.add_parser("backbones", help="the models that can be named, and what is in one")
     verbs = backbones.add_subparsers(required=True, metavar="ls|show")
@@ -288,6 +303,22 @@ def _stop(args: argparse.Namespace) -> int:
     from snell_dist.keep import stop
 
     print(stop(args.run, args.within))
+    return Exit.DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    from snell_dist import status
+
+    found = status.look(args.run)
+    print(status.as_json(found) if args.json else status.text(found))
+    return Exit.DONE
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from snell_dist import status
+
+    for message in status.lines(args.run, args.rank, args.follow):
+        print(message, flush=args.follow)
     return Exit.DONE
 
 
@@ -459,6 +490,15 @@ def _doctor_env(args: argparse.Namespace) -> int:
     facts = env.look()
     print(env.as_json(facts) if args.json else env.text(facts))
     return 0
+
+
+def _doctor_hang(args: argparse.Namespace) -> int:
+    from snell_dist import hang
+    from snell_dist.run_folder import config_of
+
+    config_of(args.run)
+    print("\n".join(hang.report(args.run)))
+    return Exit.DONE
 
 
 def _backbones_ls(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from snell_dist import dist, log
+from snell_dist.config import UserError
 from snell_dist.exits import Exit
 from snell_dist.heartbeat import FOLDER, PHASES, Beat, read
 
@@ -94,10 +95,31 @@ def end(folder: Path, stuck_s: float) -> None:
     os._exit(Exit.HUNG)
 
 
-def note(folder: Path) -> str | None:
-    """What the newest attempt that was ended for standing still has said."""
+def note(folder: Path) -> tuple[int, str] | None:
+    """The newest attempt that was ended for standing still, and what was said then."""
     found = sorted((folder / FOLDER).glob("hang_*.txt"))
-    return found[-1].read_text().strip() if found else None
+    return (int(found[-1].stem.partition("_")[2]), found[-1].read_text().strip()) if found else None
+
+
+def report(folder: Path) -> list[str]:
+    """What can be said of a run that stands still, or stood still when it ended. UserError where no rank ever beat."""
+    beats = read(folder)
+    if not beats:
+        raise UserError(f"doctor hang: {folder}: no rank has left a heartbeat there")
+    lives = [b for b in beats if not b.ended and b.age_s < SILENT_S]
+    if lives and max(b.phase_s for b in lives) < SILENT_S and len(lives) == len(beats):
+        step = max(b.step for b in lives)
+        return [
+            f"nothing hangs: {len(lives)} ranks at step {step} of {lives[0].steps}, each {SILENT_S:.0f} s ago at most"
+        ]
+    said = diagnose(beats) if lives else []
+    ended = note(folder)
+    if ended:
+        said.append(f"a watchdog ended attempt {ended[0]}: {ended[1]}")
+        said += flights(folder)
+    if not said:
+        said = [f"{b.name} ended in {_place(b)}: {b.ended or 'without a word, killed'}" for b in beats]
+    return said
 
 
 def _write_flight(folder: Path) -> None:

@@ -79,7 +79,7 @@ def _run(
     except ConfigError as error:
         raise loaded.locate(error) from None
     place = dist.first_does(lambda: place or run_folder.create(out, loaded.name, config, folder))
-    with run_folder.lock(place, patience_s=LEAVING_S if resume == "if any" else 0), log.also_to(place / "train.log"):
+    with run_folder.lock(place, patience_s=LEAVING_S if resume == "if any" else 0), log.also_to(place):
         log.info(f"run folder {place}")
         log.info(audit(config, built, device))
         hosts = list(dict.fromkeys(dist.gather_objects(dist.host())))

@@ -10,12 +10,14 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snell_dist import dist
+from snell_dist.config import UserError
 from snell_dist.files import write_atomic
 
 if TYPE_CHECKING:
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
     from snell_dist.observers import Moment
 
 LOGGER = logging.getLogger("snell_dist")
+FILE, OTHERS = "train.log", "logs"
 
 
 def set_up() -> None:
-    """Sends messages of rank 0 to the terminal; other ranks only warn."""
+    """Sends messages of rank 0 to the terminal; other ranks only warn, and say who they are."""
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if dist.rank() == 0 else logging.WARNING)
@@ -37,19 +40,31 @@ def set_up() -> None:
         LOGGER.addHandler(RichHandler(console=_console(), show_level=False, show_path=False))
     else:
         LOGGER.addHandler(logging.StreamHandler())
+    if dist.rank():
+        who = logging.Formatter(f"[rank {dist.rank()} on {dist.host()}] %(message)s")
+        for handler in LOGGER.handlers:
+            handler.setFormatter(who)
+
+
+def files(folder: Path) -> list[Path]:
+    """Of a run folder, rank 0's first; other ranks have one where they said something."""
+    return [file for file in (folder / FILE, *sorted((folder / OTHERS).glob("rank_*.log"))) if file.exists()]
 
 
 @contextmanager
-def also_to(file: Path) -> Iterator[None]:
-    """Messages of rank 0 go to the end of this file as well."""
-    if dist.rank() != 0:
-        yield
-        return
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+def also_to(folder: Path) -> Iterator[None]:
+    """Messages go to a file of the run folder as well, and so does the traceback of what ends a rank."""
+    file = folder / FILE if dist.rank() == 0 else folder / OTHERS / f"rank_{dist.rank():05d}.log"
+    file.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {dist.rank()}] %(message)s"))
     LOGGER.addHandler(handler)
     try:
         yield
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc().rstrip()
+        handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text, (), None))  # not to the terminal
+        raise
     finally:
         LOGGER.removeHandler(handler)
         handler.close()

@@ -26,7 +26,7 @@ FLOORS = [
     ["audit", "describe"],
     ["results", "selection"],
     ["train"],
-    ["doctor", "job", "report"],
+    ["doctor", "job", "report", "status"],
     ["benchmarks"],
     ["cli"],
     ["__main__"],
