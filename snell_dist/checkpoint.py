@@ -16,6 +16,7 @@ import io
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -184,6 +185,8 @@ class Checkpoints:
         self._folder, self._keep, self._background = folder, keep, background
         self._parent = folder / FOLDER
         self._pending: _Pending | None = None
+        self._begun = 0.0
+        self.last_s: float | None = None  # that the last one took, until it had its name
         self._options: dict[str, Any] = {"no_dist": True}
         if dist.world_size() > 1:  # of its own, since training uses the other one meanwhile
             self._options = {"process_group": torch.distributed.new_group(backend="gloo")}
@@ -191,6 +194,7 @@ class Checkpoints:
     def save(self, state: Mapping[str, Tensor], meta: Meta) -> None:
         """MachineError, on every rank, where it cannot be written; older ones stay as they are."""
         self.settle(wait=True)
+        self._begun = time.perf_counter()
         temporary = dist.first_does(lambda: self._begin(meta.step))
         writer = FileSystemWriter(temporary, sync_files=True)
         if self._background:
@@ -238,6 +242,7 @@ class Checkpoints:
             self._complete(meta, temporary, metadata, {k: v for f, _ in everyone for k, v in f.items()})
 
         dist.first_does(finish)
+        self.last_s = time.perf_counter() - self._begun
 
     def _complete(self, meta: Meta, temporary: Path, metadata: Metadata, files: dict[str, tuple[int, str]]) -> None:
         keys = metadata.state_dict_metadata

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snell_dist import dist
-from snell_dist.config import CONFIGS, ConfigError, UserError
+from snell_dist.config import CONFIGS, ConfigError, UserError, trouble
 from snell_dist.exits import Exit
 
 REPEATED_S = 3
@@ -30,15 +30,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         _complain(error)
+        if _tell_keeper(args, error.status, str(error)):
+            dist.call_off()  # whoever keeps the run knows whether, and when, to try again
         return error.status
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"snell: {error.filename}: {error.strerror}", file=sys.stderr)
-        return Exit.BAD_INPUT
+        found = trouble(error.filename, error)
+        _complain(found)
+        _tell_keeper(args, found.status, str(found))
+        return found.status
     except KeyboardInterrupt:
         print("snell: stopped", file=sys.stderr)
         return Exit.STOPPED
+
+
+def _tell_keeper(args: argparse.Namespace, status: Exit, why: str) -> bool:
+    """Launchers hide how a rank ended: whoever keeps the run learns it from the run folder. Whether anybody does."""
+    if getattr(args, "resume", None) != "if any" or args.folder is None:
+        return False
+    from snell_dist.keep import leave_verdict
+
+    leave_verdict(args.folder, status, why)
+    return True
 
 
 def _complain(error: UserError) -> None:
@@ -258,25 +272,16 @@ def _takes_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from snell_dist.config import load
-    from snell_dist.keep import leave_verdict
     from snell_dist.run_config import Run
 
-    kept = args.folder if args.resume == "if any" else None
-    try:
-        loaded = load(args.config, args.overrides, Run)
-        from snell_dist import log  # after the check: what follows imports torch
-        from snell_dist.job import run
+    loaded = load(args.config, args.overrides, Run)
+    from snell_dist import log  # after the check: what follows imports torch
+    from snell_dist.job import run
 
-        log.set_up()
-        outcome = run(loaded, args.out, args.resume, args.folder)
-    except UserError as error:
-        if kept:
-            leave_verdict(kept, error.status, str(error))
-        if kept and error.status == Exit.BAD_INPUT:
-            dist.call_off()
-        raise
-    if outcome.interrupted and kept:
-        leave_verdict(kept, Exit.INTERRUPTED, "")
+    log.set_up()
+    outcome = run(loaded, args.out, args.resume, args.folder)
+    if outcome.interrupted and args.resume == "if any":
+        _tell_keeper(args, Exit.INTERRUPTED, "asked to stop")
         return Exit.DONE if dist.launched_by_torchrun() else Exit.INTERRUPTED  # else torchrun would start it again
     if outcome.interrupted:
         again = ["snell", "train", args.config, *args.overrides]

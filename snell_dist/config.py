@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ PACKAGE = Path(__file__).parent
 CONFIGS = next((p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir()), PACKAGE / "configs")
 
 
+BROKEN = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN, errno.ETIMEDOUT
+
+
 class UserError(Exception):
     """What the user can mend: one clear line a problem; the command line prints it and exits with `status`."""
 
@@ -36,6 +40,12 @@ class MachineError(UserError):
     """Nothing that was said is wrong: a disk is full, a host is gone. Another attempt may succeed."""
 
     status = Exit.MACHINE
+
+
+def trouble(said: str, error: OSError) -> UserError:
+    """Of a file system: a MachineError where it is full or broken, else something that the user named is not right."""
+    kind = MachineError if error.errno in BROKEN else UserError
+    return kind(f"{said}: {(error.strerror or str(error)).lower()}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from snell_dist import network
-from snell_dist.config import ConfigError, MachineError, Problem, UserError, first_line
+from snell_dist.config import ConfigError, MachineError, Problem, UserError, first_line, trouble
 from snell_dist.exits import Exit
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def first_does(action: Callable[[], T]) -> T:
-    """Rank 0 acts, and all get its result. UserError, or MachineError for an OSError, on every rank where it fails."""
+    """Rank 0 acts, and all get its result, or all raise its UserError, or the like for an OSError."""
     told: Any = None
     error: UserError | None = None
     if rank() == 0:
@@ -248,7 +248,7 @@ def first_does(action: Callable[[], T]) -> T:
             result = action()
             told = (result, None)
         except (UserError, OSError) as raised:
-            error = raised if isinstance(raised, UserError) else MachineError(f"{raised.filename}: {raised.strerror}")
+            error = raised if isinstance(raised, UserError) else trouble(raised.filename, raised)
             told = (None, (str(error), MachineError if isinstance(error, MachineError) else UserError))
     result, problem = broadcast_object(told)
     if error is not None:

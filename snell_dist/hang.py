@@ -109,9 +109,9 @@ def report(folder: Path) -> list[str]:
     lives = [b for b in beats if not b.ended and b.age_s < SILENT_S]
     if lives and max(b.phase_s for b in lives) < SILENT_S and len(lives) == len(beats):
         step = max(b.step for b in lives)
-        return [
-            f"nothing hangs: {len(lives)} ranks at step {step} of {lives[0].steps}, each {SILENT_S:.0f} s ago at most"
-        ]
+        return [f"nothing hangs: {len(lives)} ranks at step {step} of {lives[0].steps}"]
+    if all(b.ended == "well" for b in beats):
+        return [f"nothing hangs: {len(beats)} ranks have ended, complete or asked to stop"]
     said = diagnose(beats) if lives else []
     ended = note(folder)
     if ended:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -143,7 +143,8 @@ class Heart:
         said = asdict(beat)
         del said["silent_s"], said["age_s"]
         text = json.dumps(said)
-        os.pwrite(self._file, text.encode().ljust(BYTES - 1) + b"\n", 0)
+        with suppress(OSError):  # a full disk is said by what is lost through it
+            os.pwrite(self._file, text.encode().ljust(BYTES - 1) + b"\n", 0)
 
     def _look(self) -> tuple[str, str]:
         """Where the main thread is: our innermost function, and the collective operation that it is in."""

@@ -70,6 +70,8 @@ def _run(
     if place is not None and run_folder.is_complete(place):
         log.info(f"{place} is complete, nothing to do")
         return Outcome(place, False, run_folder.read_summary(place))
+    if place is not None:
+        config = _as_begun(config, place)
     try:
         weights = _weights(config, out, device, (*above, loaded.name))
     except Interrupted:
@@ -83,10 +85,22 @@ def _run(
         log.info(f"run folder {place}")
         log.info(audit(config, built, device))
         hosts = list(dict.fromkeys(dist.gather_objects(dist.host())))
-        seed = config.train.seed
-        attempt = dist.first_does(lambda: run_folder.record_attempt(place, config, seed, str(device), hosts))
+        said = {"seed": config.train.seed, "device": str(device), "hosts": hosts}
+        said["micro_batch_size"] = config.data.batch_size // dist.world_size() // config.data.accumulation()
+        attempt = dist.first_does(lambda: run_folder.record_attempt(place, config, said))
         with heartbeat.beating(place, attempt, built.steps, config.train.hang_timeout_s, hang.end):
             return train(config, place, built, device)
+
+
+def _as_begun(config: Run, place: Path) -> Run:
+    """On fewer ranks than at first a step takes more micro-batches, not larger ones: memory stays as it was."""
+    first = run_folder.attempts(place)[:1]
+    micro = first[0].get("micro_batch_size") if first else None
+    share, rest = divmod(config.data.batch_size, dist.world_size())
+    if config.data.micro_batch_size or not micro or rest or share <= micro or share % micro:
+        return config
+    log.info(f"{share // micro} micro-batches of {micro} images a rank make the batch of {config.data.batch_size}")
+    return config.model_copy(update={"data": config.data.model_copy(update={"micro_batch_size": micro})})
 
 
 class Interrupted(UserError):

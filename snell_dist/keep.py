@@ -23,13 +23,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from snell_dist import dist, heartbeat, run_folder
-from snell_dist.config import UserError
+from snell_dist.config import UserError, trouble
 from snell_dist.exits import Exit
 
 VERDICTS, LAUNCHES = ".verdicts.jsonl", ".launches.jsonl"
@@ -70,20 +71,20 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"keep: {folder}: cannot be made: {error.strerror}") from None
-    requests = _Requests()
+        raise trouble(f"keep: {folder}: cannot be made", error) from None
+    requests, made = _Requests(), launches(folder)
     while True:
         if run_folder.is_complete(folder):
             _say(f"{folder} is complete")
             return Exit.DONE
         before = run_folder.saved_at(folder)
-        made = launches(folder)
         stalled = stalls(made, before)
         if stalled >= attempts:
             last = f", the last one with: {made[-1].why}" if made[-1].why else ""
             _say(f"{stalled} attempts in a row ended without a new checkpoint{last}; giving up, see {folder}/train.log")
             return Exit.GAVE_UP
         launch = _once(folder, command, grace_s, requests)
+        made.append(launch)
         if launch.outcome == "complete":
             return Exit.DONE
         if launch.outcome == "bad input":
@@ -93,7 +94,7 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
             back = requests.received == signal.SIGUSR1 and launch.job and _requeue(launch.job)
             _say("stopped as asked; " + ("back to the queue" if back else "the same command goes on from there"))
             return Exit.INTERRUPTED
-        stalled = stalls(launches(folder), run_folder.saved_at(folder))
+        stalled = stalls(made, run_folder.saved_at(folder))
         said = f"the command ended with {launch.status}{f' ({launch.why})' if launch.why else ''}"
         if 2 <= stalled < attempts and launch.job and _requeue(launch.job):
             _say(f"{said}, {stalled} times in a row without a new checkpoint: back to the queue, for other nodes")
@@ -125,7 +126,7 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
         if requests.received is None:
             continue
         now = time.monotonic()
-        (folder / run_folder.STOP).touch()  # again and again: ranks that are starting look later
+        _ask(folder)  # again and again: ranks that are starting look later
         if due is None:
             due = now + (grace_s if _alive(folder) else 0.0)
         elif not _alive(folder):
@@ -180,7 +181,7 @@ def stop(folder: Path, within_s: float) -> str:
             raise UserError(
                 f"stop: {folder}: still trains after {within_s:.0f} s; snell doctor hang {folder} says where"
             )
-        (folder / run_folder.STOP).touch()
+        _ask(folder)
         time.sleep(POLL_S)
     return f"{folder}: stopped; continue with snell train ... --resume --folder {folder}"
 
@@ -216,9 +217,15 @@ def _clear(folder: Path, grace_s: float) -> None:
     """Ranks of an earlier attempt that still live save and end first; then nobody is asked to stop."""
     end = time.monotonic() + grace_s
     while _alive(folder) and time.monotonic() < end:
-        (folder / run_folder.STOP).touch()
+        _ask(folder)
         time.sleep(POLL_S)
     (folder / run_folder.STOP).unlink(missing_ok=True)
+
+
+def _ask(folder: Path) -> None:
+    """For all ranks to save and stop. On a full disk it may fail, and SIGTERM comes later."""
+    with suppress(OSError):
+        (folder / run_folder.STOP).touch()
 
 
 def _alive(folder: Path) -> bool:
@@ -262,7 +269,7 @@ def _verdict(file: Path, offset: int) -> tuple[int | None, str]:
 
 
 def _append(file: Path, said: dict[str, object]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
+    with suppress(OSError), file.open("a", encoding="utf-8") as stream:  # a full disk ends no run by this
         stream.write(json.dumps(said) + "\n")
 
 

@@ -12,12 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snell_dist import dist
-from snell_dist.config import UserError
+from snell_dist.config import UserError, trouble
 from snell_dist.files import write_atomic
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def set_up() -> None:
             handler.setFormatter(who)
 
 
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is said where something is lost by it; the terminal has the message."""
+
+
 def files(folder: Path) -> list[Path]:
     """Of a run folder, rank 0's first; other ranks have one where they said something."""
     return [file for file in (folder / FILE, *sorted((folder / OTHERS).glob("rank_*.log"))) if file.exists()]
@@ -56,7 +61,7 @@ def also_to(folder: Path) -> Iterator[None]:
     """Messages go to a file of the run folder as well, and so does the traceback of what ends a rank."""
     file = folder / FILE if dist.rank() == 0 else folder / OTHERS / f"rank_{dist.rank():05d}.log"
     file.parent.mkdir(exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler = _File(file, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {dist.rank()}] %(message)s"))
     LOGGER.addHandler(handler)
     try:
@@ -108,10 +113,14 @@ class MetricsFile:
 
     def on_step(self, moment: Moment) -> None:
         if moment.metrics:
-            self._stream.write(json.dumps({"step": moment.step, **moment.metrics}) + "\n")
+            try:
+                self._stream.write(json.dumps({"step": moment.step, **moment.metrics}) + "\n")
+            except OSError as error:
+                raise trouble(f"{self._stream.name}: cannot be written", error) from None
 
     def on_end(self, summary: dict[str, Any]) -> None:
-        self._stream.close()
+        with suppress(OSError):  # of a full disk, which was said
+            self._stream.close()
 
 
 def _step_of(line: str) -> float:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 PACKAGES = "torch", "timm", "numpy", "open_clip_torch", "deepspeed"
-LEAST_DISK, LEAST_SHM = 64 << 20, 64 << 20  # bytes free
+LEAST_DISK, LEAST_SHM = 16 << 20, 64 << 20  # bytes free
 MOST_SKEW_S = 2.0  # of clocks: beyond it logs of two hosts cannot be read together
 ELEMENTS = 1 << 18  # of the all-reduce, float32: 1 MiB
 MIB = 1 << 20
@@ -80,7 +80,9 @@ class Preflight:
         store.wait([f"{name} verdict"], timedelta(seconds=dist.MEET_S + 30))
         now = time.time()  # when all have just been let go, at the same moment
         found = json.loads(store.get(f"{name} verdict"))
+        store.add(f"{name} heard", 1)
         if found:
+            _wait_until_heard(store, name)
             kind = MachineError if all(machine for _, machine in found) else UserError
             raise kind("\n".join(text for text, _ in found))
         self._warn_of_skew(store, name, now)
@@ -111,6 +113,13 @@ class Preflight:
         through = os.environ.get("NCCL_SOCKET_IFNAME" if self._device.type == "cuda" else "GLOO_SOCKET_IFNAME")
         over = f" over {through}" if through else ""
         log.info(f"preflight: {self._said}; 1 MiB all-reduce{over} in {1e3 * seconds[1]:.1f} ms")
+
+
+def _wait_until_heard(store: Store, name: str) -> None:
+    """The store ends with rank 0: it stays until all know why."""
+    end = time.monotonic() + 5
+    while dist.rank() == 0 and store.add(f"{name} heard", 0) < dist.world_size() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def notes(config: Run, place: Path, device: torch.device) -> Notes:

@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import yaml
 
 from snell_dist import dist
-from snell_dist.config import PACKAGE, Section, UserError
+from snell_dist.config import PACKAGE, Section, UserError, trouble
 from snell_dist.files import write_atomic
 
 # How a run computes, and not what: these may be others when it goes on.
@@ -84,7 +84,7 @@ def create(out: Path, name: str, config: Section, folder: Path | None = None) ->
             folder.mkdir(exist_ok=not _begun(folder))
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     except OSError as error:
-        raise UserError(f"{folder or parent}: cannot make a run folder there: {error.strerror}") from None
+        raise trouble(f"{folder or parent}: cannot make a run folder there", error) from None
     return folder
 
 
@@ -189,7 +189,7 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def record_attempt(folder: Path, config: Section, seed: int, device: str, hosts: list[str]) -> int:
+def record_attempt(folder: Path, config: Section, about: Mapping[str, Any]) -> int:
     """Adds this start of the run to run.json, with what is not as in its config.yaml. Returns its number, from 1."""
     before = attempts(folder)
     said = _flat(config.model_dump())
@@ -199,12 +199,10 @@ def record_attempt(folder: Path, config: Section, seed: int, device: str, hosts:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "folder": os.getcwd(),
             "host": platform.node(),
-            "hosts": hosts,
             "job": os.environ.get("SLURM_JOB_ID"),
-            "device": device,
+            **about,
             "cpu_count": os.cpu_count(),
             "world_size": dist.world_size(),
-            "seed": seed,
             "changed": {key: said.get(key) for key in _changes(folder, config)},
             "python": platform.python_version(),
             "platform": platform.platform(),

@@ -120,6 +120,7 @@ def loop(
         if logs:
             metrics = figures | pace(timer.drain()[-cfg.log_every :], feed.waited_s(), config.data.batch_size)
             metrics |= {"process_mib": process_mib(engine.device), **telemetry.read()}
+            metrics |= {} if checkpoints.last_s is None else {"save_s": checkpoints.last_s}
         if cfg.looks(done, epoch):
             metrics |= selection.look(done)
         for observer in observers:

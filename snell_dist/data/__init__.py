@@ -138,9 +138,11 @@ class DataSection(Section):
         """Micro-batches per step. ConfigError where batch_size does not divide."""
         share, rest = divmod(self.batch_size, dist.world_size())
         if rest:
-            raise ConfigError(
-                Problem("data.batch_size", f"must be a multiple of world_size {dist.world_size()}", self.batch_size)
-            )
+            world, near = dist.world_size(), self.batch_size - rest or dist.world_size()
+            fitting = [n for n in range(1, world) if not self.batch_size % n][-3:]
+            message = f"{world} ranks cannot share it equally ({rest} left over): {near} or {near + world} would fit"
+            message += f", or {' or '.join(map(str, fitting))} ranks"
+            raise ConfigError(Problem("data.batch_size", message, self.batch_size))
         micro = self.micro_batch_size or share
         if share % micro:
             message = f"must divide the {share} images of each process (batch_size {self.batch_size} / world_size)"
