@@ -7,6 +7,10 @@
 set -euo pipefail
 (($# > 1)) || { echo "usage: launch/deepspeed.sh HOSTFILE CONFIG [key=value ...]" >&2; exit 2; }
 
+refuse() {
+  echo "deepspeed.sh: $1" >&2
+  exit 2
+}
 PYTHON=${PYTHON:-python} # at the same place on every machine
 HOSTFILE=$1
 CONFIG=$2
@@ -15,11 +19,12 @@ NAME=${CONFIG%.yaml}
 [[ $CONFIG == *.yaml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
 RUN=${RUN:-runs/$NAME/deepspeed}
 GRACE=${GRACE:-120}
-[[ -r $HOSTFILE ]] || { echo "deepspeed.sh: $HOSTFILE: no such hostfile" >&2; exit 2; }
+[[ -r $HOSTFILE ]] || refuse "$HOSTFILE: no such hostfile"
 
 mapfile -t LINES < <(grep -Ev '^[[:space:]]*(#|$)' "$HOSTFILE")
-((${#LINES[@]} > 0)) || { echo "deepspeed.sh: $HOSTFILE: names no machine" >&2; exit 2; }
-read -r MASTER_ADDR SLOTS <<<"${LINES[0]}" # gpu-node-1 slots=4
+((${#LINES[@]} > 0)) || refuse "$HOSTFILE: names no machine"
+read -r MASTER_ADDR SLOTS _ <<<"${LINES[0]}"
+[[ $SLOTS =~ ^slots=[1-9][0-9]*$ ]] || refuse "$HOSTFILE: $MASTER_ADDR: expected NAME slots=NUMBER"
 # Another for each run, below 32768, from where Linux lends ports to any connection.
 MASTER_PORT=${PORT:-$((20000 + $(cksum <<<"$RUN" | cut -d' ' -f1) % 12000))}
 
@@ -27,10 +32,7 @@ words=("$@")
 if ((${#LINES[@]} > 1)); then
   # pdsh hands the words to a shell on each machine, and reads % itself.
   for i in "${!words[@]}"; do
-    if [[ ${words[i]} == *[[:space:]%]* ]]; then
-      echo "deepspeed.sh: ${words[i]}: pdsh cannot carry blanks or %; say it in a YAML file that includes $CONFIG" >&2
-      exit 2
-    fi
+    [[ ${words[i]} != *[[:space:]%]* ]] || refuse "${words[i]}: pdsh carries no blank and no %; say this in a YAML file"
     words[i]=$(printf %q "${words[i]}")
   done
 fi
@@ -43,6 +45,9 @@ settings=(
   "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
   "DS_ENV_FILE=$RUN/.deepspeed_env"
 )
+export "${settings[@]}"
+# ssh carries no environment: what decides how ranks talk goes by that file, which DeepSpeed hands to every machine.
+mapfile -t carried < <(compgen -e | grep -E '^(NCCL|GLOO|TORCH|OMP|MKL|DS|HF|SNELL)_')
 check=("$PYTHON" -m snell_dist launch hosts "$HOSTFILE" --check "${ssh_port[@]/_/-}")
 command=(
   "$PYTHON" -m deepspeed.launcher.runner
@@ -55,24 +60,21 @@ command=(
 keep=("$PYTHON" -m snell_dist keep "$RUN" --grace "$GRACE" -- "${command[@]}")
 
 say() { # the words as a shell reads them
-  local word
+  local word line=
   for word; do
     [[ $word == *[!A-Za-z0-9_./:=,@+-]* ]] && word=${word@Q}
-    printf '%s ' "$word"
+    line+="$word "
   done
-  echo
+  echo "${line% }"
 }
 if [[ ${DRY_RUN:-0} != 0 ]]; then
   for setting in "${settings[@]}"; do say export "$setting"; done
+  echo "# in $RUN/.deepspeed_env: ${carried[*]}"
   say "${check[@]}"
   say "${keep[@]}"
   exit
 fi
 "${check[@]}"
 mkdir -p "$RUN"
-export "${settings[@]}"
-# ssh carries no environment: what decides how ranks talk goes by this file, which DeepSpeed hands to every machine.
-for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|OMP|MKL|DS|HF|SNELL)_'); do
-  printf '%s=%q\n' "$name" "${!name}"
-done >"$DS_ENV_FILE"
+for name in "${carried[@]}"; do printf '%s=%q\n' "$name" "${!name}"; done >"$DS_ENV_FILE"
 exec "${keep[@]}"

@@ -48,12 +48,12 @@ command=(
 keep=("$PYTHON" -m snell_dist keep "$RUN" --grace "$GRACE" -- "${command[@]}")
 
 say() { # the words as a shell reads them
-  local word
+  local word line=
   for word; do
     [[ $word == *[!A-Za-z0-9_./:=,@+-]* ]] && word=${word@Q}
-    printf '%s ' "$word"
+    line+="$word "
   done
-  echo
+  echo "${line% }"
 }
 if [[ ${DRY_RUN:-0} != 0 ]]; then
   for setting in "${settings[@]}"; do say export "$setting"; done
