@@ -15,8 +15,8 @@ PYTHON=${PYTHON:-python} # at the same place on every machine
 HOSTFILE=$1
 CONFIG=$2
 shift
-NAME=${CONFIG%.yaml}
-[[ $CONFIG == *.yaml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
+NAME=${CONFIG%.y*ml}
+[[ $CONFIG == *.y*ml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
 RUN=${RUN:-runs/$NAME/deepspeed}
 GRACE=${GRACE:-120}
 [[ -r $HOSTFILE ]] || refuse "$HOSTFILE: no such hostfile"
@@ -48,7 +48,8 @@ settings=(
 export "${settings[@]}"
 # ssh carries no environment: what decides how ranks talk goes by that file, which DeepSpeed hands to every machine.
 mapfile -t carried < <(compgen -e | grep -E '^(NCCL|GLOO|TORCH|OMP|MKL|DS|HF|SNELL)_')
-check=("$PYTHON" -m snell_dist launch hosts "$HOSTFILE" --check "${ssh_port[@]/_/-}")
+check=("$PYTHON" -m snell_dist launch hosts "$HOSTFILE")
+((${#LINES[@]} == 1)) || check+=(--check "${ssh_port[@]/_/-}") # one machine needs no ssh
 command=(
   "$PYTHON" -m deepspeed.launcher.runner
   # Our check is of all machines and has a time limit; theirs is of the first and has none.

@@ -10,8 +10,8 @@ set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 CONFIG=$1
-NAME=${CONFIG%.yaml}
-[[ $CONFIG == *.yaml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
+NAME=${CONFIG%.y*ml}
+[[ $CONFIG == *.y*ml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
 RUN=${RUN:-runs/$NAME/torchrun}
 GRACE=${GRACE:-120}
 
