@@ -3,7 +3,7 @@
 #   launch/deepspeed.sh HOSTFILE CONFIG [key=value ...]
 # The rank that others meet is on the first machine of HOSTFILE (see hostfile.example). Any engine trains so; without
 # ssh between the machines take torchrun.sh, under Slurm slurm/deepspeed.sbatch.
-# DRY_RUN=1 prints what it would do. Also read: RUN, PYTHON, PORT, SSH_PORT, PDSH_SSH_ARGS_APPEND, GRACE (seconds to save in).
+# DRY_RUN=1 prints what it would do. Also read: RUN, PYTHON, PORT, SSH_PORT, PDSH_SSH_ARGS_APPEND, GRACE.
 set -euo pipefail
 (($# > 1)) || { echo "usage: launch/deepspeed.sh HOSTFILE CONFIG [key=value ...]" >&2; exit 2; }
 
@@ -18,7 +18,7 @@ shift
 NAME=${CONFIG%.y*ml}
 [[ $CONFIG == *.y*ml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
 RUN=${RUN:-runs/$NAME/deepspeed}
-GRACE=${GRACE:-120}
+GRACE=${GRACE:-120} # seconds to finish the step and save
 [[ -r $HOSTFILE ]] || refuse "$HOSTFILE: no such hostfile"
 
 mapfile -t LINES < <(grep -Ev '^[[:space:]]*(#|$)' "$HOSTFILE")

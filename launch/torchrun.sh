@@ -4,7 +4,7 @@
 # On several: the same command on each, within ten minutes, in folders that are one (NFS or the like):
 #   NODES="host1 host2" launch/torchrun.sh CONFIG [key=value ...]
 #   NODES="host1 host2" NNODES=1:2 launch/torchrun.sh CONFIG ...     goes on with those that are left
-# DRY_RUN=1 prints what it would do. Also read: RUN, PYTHON, PROCESSES (default: GPUs), PORT, GRACE (seconds to save in).
+# DRY_RUN=1 prints what it would do. Also read: RUN, PYTHON, PROCESSES (default: GPUs), PORT, GRACE.
 set -euo pipefail
 (($# > 0)) || { echo "usage: launch/torchrun.sh CONFIG [key=value ...]" >&2; exit 2; }
 
@@ -13,7 +13,7 @@ CONFIG=$1
 NAME=${CONFIG%.y*ml}
 [[ $CONFIG == *.y*ml ]] && NAME=${NAME##*/} # a file is known by its name alone, as in `snell train`
 RUN=${RUN:-runs/$NAME/torchrun}
-GRACE=${GRACE:-120}
+GRACE=${GRACE:-120} # seconds to finish the step and save
 
 read -ra HOSTS <<<"${NODES:-localhost}"
 NNODES=${NNODES:-${#HOSTS[@]}}

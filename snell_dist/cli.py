@@ -411,7 +411,7 @@ def _launch_hosts(args: argparse.Namespace) -> int:
         if lost:
             raise UserError("\n".join(f"{args.file}: {line}" for line in lost))
     reached = ", all reached by ssh" if args.check else ""
-    print(f"{args.file}: {len(found)} machines, {sum(host.slots for host in found)} processes{reached}")
+    print(f"{args.file}: {sum(host.slots for host in found)} processes on {len(found)} machine(s){reached}")
     return Exit.DONE
 
 

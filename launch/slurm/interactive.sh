@@ -3,7 +3,7 @@
 #   NODES=2 GPUS=4 launch/slurm/interactive.sh --partition=gpu --account=me      (any option of salloc)
 # and in it:
 #   bash launch/slurm/torchrun.sbatch CONFIG [key=value ...]                     (or DRY_RUN=1 bash ...)
-# Ctrl-C saves and stops; the same command again goes on. DRY_RUN=1 prints what it would do. Also read: CPUS (a GPU), TIME.
+# Ctrl-C saves and stops; with the same RUN the command goes on. Also read: CPUS (of a GPU), TIME, DRY_RUN.
 set -euo pipefail
 
 GPUS=${GPUS:-1}

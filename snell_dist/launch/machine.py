@@ -139,5 +139,5 @@ def _ask(*command: str) -> str:
         raise UserError(f"{command[0]}: gave no answer within {ASK_S} s") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UserError(f"{command[0]}: {reason}")
+        raise UserError(f"{command[0]}: {reason.removeprefix(f'{command[0]}: ')}")
     return done.stdout

@@ -59,4 +59,4 @@ def _filled(text: str, plan: Plan, command: str) -> str:
     ]
     before, found, after = text.partition(f"{STRICT}\n")
     assert found, f"{plan.script} has no line {STRICT!r}"
-    return "\n".join([before + block[0], *block[1:], after])
+    return "\n".join([before + block[0], *block[1:], "", after])

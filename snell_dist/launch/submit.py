@@ -46,7 +46,10 @@ def check(plan: Plan) -> None:
                 "--submit: there is no Slurm on this machine (no sbatch); write the script with --to FILE, and call"
                 " sbatch FILE on a login node"
             )
-        machine.partitions()
+        try:
+            machine.partitions()
+        except UserError as error:
+            raise UserError(f"--submit: Slurm does not answer on this machine ({error})") from None
         return
     if plan.script == "deepspeed.sh":
         if importlib.util.find_spec("deepspeed") is None:
