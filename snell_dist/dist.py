@@ -50,7 +50,7 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Processes of this group on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))  # as DeepSpeed calls it
 
 
 def pick_device(name: str) -> torch.device:

@@ -40,15 +40,20 @@ def test_the_wheel_trains_the_demo_outside_the_checkout(wheel: Path, tmp_path: P
     done = subprocess.run(command, env=environment, **run)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/demo/001/adapter.safetensors").exists()
+    command = [str(python), "-m", "snell_dist", "launch", "demo", "--via", "torchrun", "--submit"]
+    done = subprocess.run(command, env=environment | {"DRY_RUN": "1"}, **run)
+    assert "-m torch.distributed.run --nnodes=1" in done.stdout, done.stderr
     command = [str(python), "-m", "snell_dist", "reproduce", "vtab", "--methods", "lora", "--table"]
     assert "0 of 57 runs are done" in subprocess.run(command, env=environment, **run).stdout
     command = [str(python), "-m", "snell_dist", "report", "runs"]
     assert subprocess.run(command, env=environment, **run).stdout.startswith("report.html: 1 runs, ")
 
 
-def test_the_wheel_holds_the_package_and_its_configurations_only(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_configurations_and_scripts_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "snell_dist/configs/demo.yaml" in names
     assert "snell_dist/configs/demo/lora.yaml" in names
+    assert "snell_dist/launch/scripts/slurm/torchrun.sbatch" in names
+    assert "snell_dist/launch/scripts/hostfile.example" in names
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"snell_dist"}
