@@ -73,3 +73,9 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
+
+
+def steps(folder: Path) -> int:
+    """How many steps a run has shown."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
