@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher, over real pdsh and sshd, comes to what one process comes to."""
+"""DeepSpeed's launcher, over real pdsh and sshd or one a node by srun, comes to what one process comes to."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from nodes import Nodes
+from slurm import Slurm
 from ssh import Ssh
-from training import ENVIRONMENT, RANKS, Result, alone, train
+from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(600)]
 # The first process that uses DeepSpeed without a GPU compiles this, silently and for minutes where others compute.
@@ -17,19 +19,28 @@ WARM = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().l
 ZERO = ["engine.name=zero", "engine.stage=3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """And DeepSpeed is compiled."""
     subprocess.run([sys.executable, "-c", WARM], env=ENVIRONMENT, check=True, timeout=500, capture_output=True)
+    return alone(tmp_path_factory.mktemp("one"))
 
 
-def test_deepspeed_typed_on_one(nodes: Nodes, ssh: Ssh, tmp_path: Path) -> None:
-    hosts, first = tmp_path / "hostfile", nodes.names[0]
+def test_typed_on_one_of_two(nodes: Nodes, ssh: Ssh, one: Result, tmp_path: Path) -> None:
+    hosts, run = tmp_path / "hostfile", tmp_path / "run"
     hosts.write_text("".join(f"{name} slots=1\n" for name in nodes.names))
-    carried = tmp_path / "carried"
-    carried.write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hosts, "--master_addr", first]
-    words = [*launcher, "--no_local_rank", "--module", *train(tmp_path / "run", *ZERO)]
-    nodes.run(first, words, timeout_s=120, env={**ENVIRONMENT, "DS_ENV_FILE": str(carried)})
-    two = Result.read(tmp_path / "run")
+    env = ENVIRONMENT | {"RUN": str(run)}
+    nodes.run(nodes.names[0], [ROOT / "launch/deepspeed.sh", hosts, "demo", *SETTINGS, *ZERO], timeout_s=180, env=env)
+    two = Result.read(run)
     assert two.world_sizes == [RANKS]
-    assert two.differences(alone(tmp_path / "one")) == []
+    assert two.differences(one) == []
+
+
+def test_a_job_on_two_nodes(slurm: Slurm, one: Result, tmp_path: Path) -> None:
+    script, two_nodes = ROOT / "launch/slurm/deepspeed.sbatch", ["--nodes=2", "--gpus-per-node=1"]
+    words = [*two_nodes, f"--chdir={tmp_path}", script, "demo", *SETTINGS, *ZERO]
+    job = slurm.wait(slurm.submit(*words, env=ENVIRONMENT))
+    assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
+    two = Result.read(tmp_path / f"runs/demo/{job.number}")
+    assert two.world_sizes == [RANKS]
+    assert two.differences(one) == []
