@@ -19,6 +19,7 @@ from snell_dist.job import run
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome
 
+pytest_plugins = ["cluster"]  # in tests/launch: machines, Slurm and ssh
 # Small enough for a second on one core; everything else as in configs/demo.yaml.
 TINY = [
     "backbone.weights=null",

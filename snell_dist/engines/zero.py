@@ -81,8 +81,10 @@ class Zero(EngineSection):
         self._check(work, deepspeed.__version__)
         dist.ensure_group(work.device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it where no launcher ran, too
-        if shutil.which("ninja") is None:  # which DeepSpeed compiles with; our environment need not be activated
-            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        # DeepSpeed compiles with ninja, and anew (a minute) where another version of it did: that of our environment,
+        # which need not be activated, goes before the system's.
+        if shutil.which("ninja", path=(scripts := sysconfig.get_path("scripts"))):
+            os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
         with redirect_stdout(io.StringIO()):  # it prints what it built
             deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         dist.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
