@@ -14,29 +14,13 @@ SHORT = {  # of sbatch and srun
     **{"p": "partition", "q": "qos", "t": "time", "W": "wait", "w": "nodelist", "x": "exclude", "C": "constraint"},
 }
 ALIKE = {"tasks-per-node": "ntasks-per-node"}
-FLAGS = {  # of sbatch and srun, that take no word after them
-    *("exclusive", "exact", "overlap", "unbuffered", "label", "no-kill", "overcommit", "verbose", "quiet", "requeue"),
-    *(
-        "no-requeue",
-        "preserve-env",
-        "pty",
-        "kill-on-bad-exit",
-        "contiguous",
-        "spread-job",
-        "multi-prog",
-        "oversubscribe",
-    ),
-    *("container-mount-home", "no-container-mount-home", "container-writable", "container-readonly", "parsable"),
-    *(
-        "container-remap-root",
-        "container-entrypoint",
-        "no-container-entrypoint",
-        "test-only",
-        "propagate",
-        "use-min-nodes",
-    ),
-}
-BARE = set("lusvqkOQEXZKHI")  # the same, of one letter
+FLAGS = re.compile(  # of sbatch and srun, that take no word after them
+    r"exclusive|exact|overlap|unbuffered|label|no-kill|overcommit|verbose|quiet|requeue|no-requeue|preserve-env"
+    r"|pty|kill-on-bad-exit|contiguous|spread-job|multi-prog|oversubscribe|parsable|test-only|propagate"
+    r"|use-min-nodes|container-mount-home|no-container-mount-home|container-writable|container-readonly"
+    r"|container-remap-root|container-entrypoint|no-container-entrypoint"
+)
+BARE = "lusvqkOQEXZKHI"  # the same, of one letter
 SIGNALS = {"10": "USR1", "12": "USR2", "15": "TERM", "2": "INT", "1": "HUP"}
 
 
@@ -62,7 +46,7 @@ def directives(line: int, written: str) -> Iterator[Directive]:
         else:
             k += 1
             continue
-        flag = name in FLAGS if word.startswith("--") else word[1] in BARE
+        flag = FLAGS.fullmatch(name) if word.startswith("--") else word[1] in BARE
         if not equals and not flag and k + 1 < len(words) and not words[k + 1].startswith("-"):
             k += 1
             value = words[k]
@@ -70,7 +54,7 @@ def directives(line: int, written: str) -> Iterator[Directive]:
         k += 1
 
 
-def options(words: tuple[str, ...], flags: set[str], bare: set[str]) -> tuple[dict[str, str], int]:
+def options(words: tuple[str, ...], flags: re.Pattern[str], bare: str) -> tuple[dict[str, str], int]:
     """Options at the head of words, by their long names with dashes, and how many words they take."""
     found: dict[str, str] = {}
     k = 0
@@ -79,7 +63,7 @@ def options(words: tuple[str, ...], flags: set[str], bare: set[str]) -> tuple[di
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("_", "-")
-            if not equals and name not in flags and k + 1 < len(words):
+            if not equals and not flags.fullmatch(name) and k + 1 < len(words):
                 k += 1
                 value = words[k]
         elif re.match(r"-[A-Za-z]", word):

@@ -201,8 +201,7 @@ def early_rank(script: Script) -> Found:
     mend="srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python ...'",
 )
 def no_rank(script: Script) -> Found:
-    told = any(a.exported for a in script.variables("WORLD_SIZE"))
-    if not told or script.has(r"\bRANK=|SLURM_PROCID") or script.says("env://"):
+    if "WORLD_SIZE" not in script.exported or script.has(r"\bRANK=|SLURM_PROCID"):
         return
     for launch in script.of(*PROGRAM):
         if script.many(launch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from snell_dist.launch.lint import shell
@@ -23,27 +23,17 @@ from snell_dist.launch.lint.options import (
 )
 from snell_dist.launch.lint.shell import ASSIGNMENT, Command
 
-TALK = {  # commands that speak of others, or look after them
-    *("echo", "printf", "module", "ml", "pip", "mamba", "which", "command", "type", "source", ".", "cd", "mkdir", "ls"),
-    *(
-        "cat",
-        "cp",
-        "rsync",
-        "git",
-        "[",
-        "[[",
-        "test",
-        "grep",
-        "sed",
-        "awk",
-        "sbatch",
-        "scancel",
-        "alias",
-        "for",
-        "trap",
-    ),
-    *("pkill", "pgrep", "kill", "rm", "touch", "tee", "set", "unset", "shift", "logger", "ssh", "pdsh", "clush"),
-}
+LAUNCHER_FLAGS = re.compile(  # of torchrun, accelerate and deepspeed, that take no word after them
+    r"standalone|no-python|run-path|use-env|virtual-local-rank|module|multi-gpu|use-deepspeed|use-fsdp|cpu|debug"
+    r"|quiet|no-ssh|no-ssh-check|force-multi|no-local-rank|bind-cores-to-rank"
+)
+DECLARE = {"export", "declare", "local", "typeset", "readonly"}
+TALK = re.compile(  # commands that speak of others, or look after them
+    r":|echo|printf|module|ml|pip|mamba|which|command|type|source|\.|cd|mkdir|ls|cat|cp|rsync|git|\[|\[\[|test"
+    r"|grep|sed|awk|sbatch|scancel|alias|for|trap|pkill|pgrep|kill|rm|touch|tee|set|unset|shift|logger|ssh|pdsh"
+    r"|clush"
+)
+LONGEST = 20_000  # characters of a variable's value
 ELSEWHERE = re.compile(r"\b(mpirun|mpiexec|pdsh|clush|parallel-ssh|ssh|ray)\b")
 SPREADS = re.compile(r"\b(srun|mpirun|mpiexec|pdsh|clush|parallel-ssh|ssh|ray)\b")  # all that reach other nodes
 NO_TRAINING = {"pip", "venv", "json.tool", "compileall", "http.server", "zipfile", "site"}
@@ -57,22 +47,34 @@ class Assignment:
     name: str
     value: str
     place: str
-    exported: bool
+
+
+@dataclass(frozen=True)
+class Around:
+    """Where commands stand: which shell reads them, and what it runs under; as in Step."""
+
+    place: str
+    srun: Mapping[str, str] | None
+    kept: bool
 
 
 @dataclass(frozen=True)
 class Step:
     """A command as it is run, words unquoted and filled in.
 
-    `place`: the shell that reads it, "batch" or "task"; `srun`: options of the srun it runs under, if any.
+    `place`: the shell that reads it, "batch" or "task"; `srun`: options of the srun it runs under, if any;
+    `kept`: it is under `snell keep`.
     """
 
-    line: int
+    command: Command
     words: tuple[str, ...]
     place: str
-    command: Command
-    srun: Mapping[str, str] | None = None
-    kept: bool = False  # under `snell keep`
+    srun: Mapping[str, str] | None
+    kept: bool
+
+    @property
+    def line(self) -> int:
+        return self.command.line
 
     @cached_property
     def text(self) -> str:
@@ -111,6 +113,8 @@ class Script:
     late: list[Directive] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
+    exported: set[str] = field(default_factory=set)
+    files: dict[str, shell.Heredoc] = field(default_factory=dict)  # that the script writes
 
     def __post_init__(self) -> None:
         found = shell.commands(self.code)
@@ -121,7 +125,7 @@ class Script:
             for line in range(command.heredoc.line, command.heredoc.line + command.heredoc.text.count("\n"))
         }
         self._read_directives(written)
-        self._read_commands(found, "batch", {}, None, False)
+        self._read_commands(found, Around("batch", None, False), {})
 
     # The text.
 
@@ -221,6 +225,8 @@ class Script:
             return self.number(own["ntasks"])
         nodes = self.number(own["nodes"]) if "nodes" in own else self.fixed_nodes
         each = self.tasks(srun)
+        if ("nodes" in own and nodes is None) or ("nodelist" in own and "nodes" not in own):
+            return None
         if nodes is None and each and not self.asked("nodes") and self.asked("ntasks"):
             return whole(self.asked("ntasks"))
         return each * (nodes or 1) if each and (nodes or not self.asked("nodes")) else None
@@ -287,8 +293,10 @@ class Script:
 
     def spread(self, launch: Launch) -> bool:
         """Its srun reaches several nodes."""
-        nodes = (launch.srun or {}).get("nodes")
-        return launch.srun is not None and (self.several if nodes is None else (self.number(nodes) or 1) > 1)
+        own = launch.srun
+        if own is None or ("nodelist" in own and "nodes" not in own) or self.total(own) == 1:
+            return False
+        return (self.number(own["nodes"]) or 1) > 1 if "nodes" in own else self.several
 
     def variables(self, *names: str) -> Iterator[Assignment]:
         return (a for a in self.assignments if a.name in names)
@@ -314,115 +322,77 @@ class Script:
             elif line.strip() and not line.lstrip().startswith("#"):
                 started = True
 
-    def _read_commands(
-        self,
-        found: list[Command],
-        place: str,
-        values: dict[str, tuple[str, ...]],
-        srun: Mapping[str, str] | None,
-        kept: bool,
-    ) -> None:
+    def _read_commands(self, found: list[Command], around: Around, values: dict[str, tuple[str, ...]]) -> None:
+        """In their order, so that each sees the variables that are set before it."""
         loose: set[str] = set()  # numbers that differ from branch to branch are not known
-        files: dict[str, shell.Heredoc] = {}
         for command in found:
-            words = list(command.words)
-            exported = words[0] in ("export", "declare", "local", "typeset", "readonly", "env") and len(words) > 1
-            options = [w for w in words[1:] if exported and not w.startswith("-")]
-            settings, rest = _settings(options if exported else words)
+            declares = command.words[0] in DECLARE
+            settings, rest = _settings(command.words)
             for name, more, raw in settings:
                 if name.startswith("SLURM_"):  # a fallback for where there is no Slurm
                     continue
-                value = (
-                    tuple(shell.expand(shell.array(raw), values))
-                    if raw.startswith("(")
-                    else (shell.fill(shell.unquote(raw), values),)
-                )
+                value = _value(raw, values)
                 if more:
                     old = values.get(name, ())
                     value = old + value if raw.startswith("(") else ("".join((*old, *value)),)
-                elif name in values and values[name] != value and (loose or value[0].isdigit()):
+                elif values.get(name, value) != value and "".join(value).isdigit():
                     loose.add(name)
-                if name in loose:
+                if name in loose or sum(map(len, value)) > LONGEST:
                     values.pop(name, None)
-                elif not rest or exported:
+                elif not rest:
                     values[name] = value
-                self.assignments.append(
-                    Assignment(command.line, name, " ".join(value), place, words[0] == "export" or bool(rest))
-                )
-            if rest:
-                self._read_step(command, tuple(shell.expand(tuple(rest), values)), place, values, srun, kept, files)
+                if rest or command.words[0] == "export":
+                    self.exported.add(name)
+                self.assignments.append(Assignment(command.line, name, " ".join(value), around.place))
+            if command.words[0] == "export":
+                self.exported |= set(command.words[1:])
+            if rest and not declares:
+                self._read_step(command, tuple(shell.expand(rest, values)), around, values)
 
     def _read_step(
-        self,
-        command: Command,
-        words: tuple[str, ...],
-        place: str,
-        values: dict[str, tuple[str, ...]],
-        srun: Mapping[str, str] | None,
-        kept: bool,
-        files: dict[str, shell.Heredoc],
+        self, command: Command, words: tuple[str, ...], around: Around, values: dict[str, tuple[str, ...]]
     ) -> None:
         if not words:
             return
-        talk = words[0] in TALK or (words[0] == "conda" and words[1:2] != ("run",))
-        if "keep" in words and not talk and re.search(r"(^|\s|/)(snell|snell_dist) keep ", " ".join(words)):
-            kept = True
-        at = next((k for k, w in enumerate(words) if w.rpartition("/")[2] == "srun" and not talk), None)
-        if at is not None:
-            srun, last = options(words[at + 1 :], FLAGS, BARE)
-            behind = words[at + 1 + last :]
-        else:
-            behind = words
-        shells = [k for k, w in enumerate(behind) if w.rpartition("/")[2] in ("bash", "sh", "zsh")]
-        nested = next((k for k in shells if not talk), None)
-        self.steps.append(Step(command.line, words, place, command, srun, kept))
-        place = "task" if srun is not None else place
-        outer = {name: tuple(v.replace("$", shell.EARLIER) for v in value) for name, value in values.items()}
-        if nested is not None:
-            after = behind[nested + 1 :]
-            given = next((k for k, w in enumerate(after) if re.fullmatch(r"-\w*c", w)), None)
-            if given is not None and len(after) > given + 1:
-                text = shell.inner(after[given + 1])
-                self._read_commands(
-                    _moved(shell.commands(text), command), place, outer if at is not None else values, srun, kept
-                )
-            else:
-                document = command.heredoc if len(after) == 0 or after[-1] == "-" else files.get(after[0])
-                if document:
-                    self._read_document(document, place, outer, srun, kept)
-        elif command.heredoc and words[0] == "cat" and (target := _target(words)):
-            files[target] = command.heredoc
-        elif behind and (document := files.get(behind[0].removeprefix("./"))) and at is not None:
-            self._read_document(document, place, outer, srun, kept)
+        srun, kept, behind = around.srun, around.kept, words
+        if not _talks(words):
+            kept = kept or re.search(r"(^|\s|/)(snell|snell_dist) keep ", " ".join(words)) is not None
+            at = next((k for k, w in enumerate(words) if w.rpartition("/")[2] == "srun"), None)
+            if at is not None:
+                srun, last = options(words[at + 1 :], FLAGS, BARE)
+                behind = words[at + 1 + last :]
+        self.steps.append(Step(command, words, around.place, srun, kept))
+        if command.heredoc and words[0] == "cat" and (target := _target(words)):
+            self.files[target] = command.heredoc
+        elif not _talks(words):
+            within = Around("task" if srun is not None else around.place, srun, kept)
+            if behind is not words:  # the batch shell has expanded what it hands on
+                values = {name: tuple(v.replace("$", shell.EARLIER) for v in value) for name, value in values.items()}
+            self._read_commands(self._nested(command, behind), within, dict(values))
 
-    def _read_document(
-        self,
-        document: shell.Heredoc,
-        place: str,
-        values: dict[str, tuple[str, ...]],
-        srun: Mapping[str, str] | None,
-        kept: bool,
-    ) -> None:
+    def _nested(self, command: Command, words: tuple[str, ...]) -> list[Command]:
+        """What a shell among the words is told to do: by -c, by a heredoc, by a file that the script has written."""
+        at = next((k for k, w in enumerate(words) if w.rpartition("/")[2] in ("bash", "sh", "zsh")), None)
+        after = words[at + 1 :] if at is not None else words[:1]
+        told = next((k for k, w in enumerate(after) if at is not None and re.fullmatch(r"-\w*c", w)), None)
+        if told is not None:
+            text = shell.inner(after[told + 1]) if len(after) > told + 1 else ""
+            return _moved(shell.commands(text), command)
+        document = command.heredoc if at is not None and after in ((), ("-",), ("-s",)) else None
+        document = document or self.files.get(after[0].removeprefix("./") if after else "")
+        if document is None:
+            return []
         text = document.text if document.quoted else shell.inner(document.text.replace("\\$", shell.LATER))
-        self._read_commands(shell.commands(text, document.line), place, dict(values), srun, kept)
+        return shell.commands(text, document.line)
 
 
 def _moved(found: list[Command], to: Command) -> list[Command]:
-    """Commands of `bash -c`: on its line, and in the background where it is."""
-    moved = []
-    for command in found:
-        last = command is found[-1]
-        moved.append(
-            Command(
-                to.line + command.line - 1,
-                command.words,
-                command.before,
-                to.after if last else command.after,
-                to.background or command.background,
-                command.heredoc,
-            )
-        )
-    return moved
+    """Commands of `bash -c`: on its line, and in the background, or in a pipeline, where it is."""
+    moved = [
+        replace(command, line=to.line + command.line - 1, background=to.background or command.background)
+        for command in found
+    ]
+    return [*moved[:-1], *(replace(command, after=to.after) for command in moved[-1:])]
 
 
 def _target(words: tuple[str, ...]) -> str | None:
@@ -431,43 +401,34 @@ def _target(words: tuple[str, ...]) -> str | None:
     return words[at + 1].removeprefix("./") if at is not None and len(words) > at + 1 else None
 
 
-def _settings(words: list[str]) -> tuple[list[tuple[str, bool, str]], list[str]]:
-    """`NAME=value` at the head (`export`: anywhere), and the command that follows; `: ${NAME:=value}` sets, too."""
-    if words and words[0] == ":":
-        return [], []
+def _settings(words: tuple[str, ...]) -> tuple[list[tuple[str, bool, str]], tuple[str, ...]]:
+    """`NAME=value` at the head (`export`: anywhere) as name, whether it is +=, and value; and what follows."""
+    declares = words[0] in DECLARE
     found: list[tuple[str, bool, str]] = []
     for k, word in enumerate(words):
         match = ASSIGNMENT.match(word)
-        if not match:
+        if match:
+            found.append((match[1], bool(match[2]), match[3]))
+        elif not declares:
             return found, words[k:]
-        found.append((match[1], bool(match[2]), match[3]))
-    return found, []
+    return found, ()
 
 
-LAUNCHER_FLAGS = {
-    *("standalone", "no-python", "run-path", "use-env", "virtual-local-rank", "multi-gpu", "use-deepspeed", "use-fsdp"),
-    *(
-        "cpu",
-        "no-ssh",
-        "no-ssh-check",
-        "force-multi",
-        "no-local-rank",
-        "bind-cores-to-rank",
-        "module",
-        "debug",
-        "quiet",
-    ),
-}
+def _value(raw: str, values: shell.Values) -> tuple[str, ...]:
+    if raw.startswith("("):
+        return tuple(shell.expand(shell.array(raw), values))
+    return (shell.fill(shell.unquote(raw), values),)
+
+
+def _talks(words: tuple[str, ...]) -> bool:
+    return TALK.fullmatch(words[0]) is not None or (words[0] == "conda" and words[1:2] != ("run",))
 
 
 def _launches(step: Step) -> Iterator[Launch]:
-    words = step.words
-    if words[0] in TALK or (words[0] == "conda" and words[1:2] != ("run",)):
-        return
-    for k, word in enumerate(words):
-        kind, after = _launcher(word.rpartition("/")[2], words[k + 1 :])
+    for k, word in enumerate(() if _talks(step.words) else step.words):
+        kind, after = _launcher(word.rpartition("/")[2], step.words[k + 1 :])
         if kind:
-            found, _ = options(after, LAUNCHER_FLAGS, {"m", "u", "h"}) if kind != "python" else ({}, 0)
+            found, _ = options(after, LAUNCHER_FLAGS, "muh") if kind != "python" else ({}, 0)
             yield Launch(step.line, kind, found, step)
             return
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 LATER, EARLIER = "\ue000", "\ue001"
 SUBSTITUTIONS = {"$(": ")", "${": "}", EARLIER + "(": ")", EARLIER + "{": "}"}
 CLOSES = {**SUBSTITUTIONS, "<(": ")", ">(": ")", "(": ")", '"': '"', "'": "'", "`": "`"}
+DEEPEST = 50  # nobody nests more, and nothing unclosed may cost long searches
 BLANK, BREAKS = " \t", " \t\n;|&()<>"
 OPENING = {"if", "then", "else", "elif", "do", "while", "until", "{", "!", "time"}
 PAIRS = {"fi": "if", "done": "do", "}": "{", ")": "("}
@@ -48,7 +49,7 @@ def closing(text: str, i: int) -> int:
     """The index past what opens at i: a quotation, a substitution. Where nothing closes it, past the one sign."""
     opened = next(o for o in (text[i : i + 2], text[i]) if o in CLOSES)
     stack, j = [CLOSES[opened]], i + len(opened)
-    while j < len(text):
+    while j < len(text) and len(stack) < DEEPEST:
         top, sign, pair = stack[-1], text[j], text[j : j + 2]
         if sign == "\\" and top != "'":
             j += 2
