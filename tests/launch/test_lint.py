@@ -1,6 +1,7 @@
 """Every rule fires on a good script that was spoiled in one place, and on nothing else; good scripts are silent."""
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,12 @@ HARMLESS = [
     ("array", "source ~/venv/bin/activate", "source /opt/conda/etc/profile.d/conda.sh\nconda activate x"),
     ("trap", "wait $! || true\nwait $!", "while kill -0 $!; do wait $!; done"),
     ("trap", "touch", 'echo "${SLURM_RESTART_COUNT:-0} restarts"; scontrol requeue "$SLURM_JOB_ID"; touch'),
+    ("trap", "touch", 'if [ $? -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi; touch'),
+    (
+        "container",
+        "set -eo pipefail",
+        "set -eo pipefail\nsrun -N1 -n1 torchrun --standalone --nproc-per-node=8 x.py",
+    ),
     ("laptop", "torchrun --standalone", "MASTER_ADDR=localhost MASTER_PORT=29500 torchrun"),
 ]
 
@@ -285,6 +292,7 @@ def test_every_rule_is_shown_to_fire() -> None:
 def test_shipped_scripts_are_clean() -> None:
     scripts = [f for f in (ROOT / "launch").rglob("*") if f.suffix in (".sbatch", ".sh")]
     assert scripts or not (ROOT / "launch").is_dir()
+    assert all(Script(f.read_text(), f.name).launches for f in scripts if f.suffix == ".sbatch")  # silent, not blind
     assert {
         str(f.relative_to(ROOT)): rules(f.read_text(), f.name) for f in scripts if rules(f.read_text(), f.name)
     } == {}
@@ -325,6 +333,10 @@ def test_findings_stand_where_the_trap_is() -> None:
         ("if true; then\n  srun -K torchrun --nnodes=$((1 + 2)) x.py\nfi", True),
         ("run() { srun -K torchrun --nnodes 3 x.py; }\nrun", True),
         ("case $1 in torchrun) srun -K torchrun --nnodes=3 x.py ;; esac", True),
+        ('PY=${PY:-python}\nsrun -K "$PY" -m torch.distributed.run --nnodes=3 x.py', True),
+        ("srun -K bash -c 'exec \"$@\"' task torchrun --nnodes=3 x.py", True),
+        ('srun -K bash -c \'exec "$0" -m torch.distributed.run "$@"\' python --nnodes=3 x.py', True),
+        ("export A B=3\nsrun -K torchrun --nnodes=$B x.py", True),
         ("# srun -K torchrun --nnodes=3 x.py\ntrue", False),
         ("echo 'srun torchrun --nnodes=3 x.py'", False),
         ("cat <<EOF\nsrun torchrun --nnodes=3 x.py\nEOF", False),
@@ -403,6 +415,13 @@ def test_words_of_the_shell() -> None:
 )
 def test_broken_scripts_are_read_all_the_same(text: str) -> None:
     assert report(lint(text, "x.sbatch"), "x.sbatch")
+
+
+@pytest.mark.parametrize("text", ["$(", "(", "{ ", "bash -c '", "a=$a$a\n"])
+def test_no_script_takes_long(text: str) -> None:
+    begun = time.monotonic()
+    lint(f"#!/bin/bash\na=1\n{text * 20_000}", "x.sbatch")
+    assert time.monotonic() - begun < 30
 
 
 def test_times_of_slurm() -> None:

@@ -222,8 +222,11 @@ def restart_store(script: Script) -> Found:
     mend='count: [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ] && scontrol requeue ...; `snell keep` stops without progress',
 )
 def requeue_unbounded(script: Script) -> Found:
-    if not script.has(r"(?i)restart_count|attempt|tries|max_|restarts"):
-        for line, match in script.find(r"\bscontrol\s+requeue\b"):
+    if script.has(r"(?i)restart_count|attempt|tries|max_|restarts"):
+        return
+    for line, match in script.find(r"\bscontrol\s+requeue\b"):
+        on_status = re.search(r"==\s*\d|-eq\s+\d", "".join(script.lines[max(line - 2, 0) : line]))  # its own, for this
+        if not on_status:
             yield line, f"{match[0]} without a bound"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ LAUNCHER_FLAGS = re.compile(  # of torchrun, accelerate and deepspeed, that take
     r"standalone|no-python|run-path|use-env|virtual-local-rank|module|multi-gpu|use-deepspeed|use-fsdp|cpu|debug"
     r"|quiet|no-ssh|no-ssh-check|force-multi|no-local-rank|bind-cores-to-rank"
 )
+DEFAULT = re.compile(rf"^[${shell.EARLIER}]\{{\w+:?-(\S*\b(?:python[\d.]*|torchrun|deepspeed|accelerate|bash))\}}$")
+SHELLS = "bash", "sh", "zsh"
 DECLARE = {"export", "declare", "local", "typeset", "readonly"}
 TALK = re.compile(  # commands that speak of others, or look after them
     r":|echo|printf|module|ml|pip|mamba|which|command|type|source|\.|cd|mkdir|ls|cat|cp|rsync|git|\[|\[\[|test"
@@ -354,6 +357,7 @@ class Script:
     ) -> None:
         if not words:
             return
+        words = tuple(DEFAULT.sub(r"\1", word) for word in words)
         srun, kept, behind = around.srun, around.kept, words
         if not _talks(words):
             kept = kept or re.search(r"(^|\s|/)(snell|snell_dist) keep ", " ".join(words)) is not None
@@ -372,12 +376,12 @@ class Script:
 
     def _nested(self, command: Command, words: tuple[str, ...]) -> list[Command]:
         """What a shell among the words is told to do: by -c, by a heredoc, by a file that the script has written."""
-        at = next((k for k, w in enumerate(words) if w.rpartition("/")[2] in ("bash", "sh", "zsh")), None)
+        at = next((k for k, w in enumerate(words) if w.rpartition("/")[2] in SHELLS), None)
         after = words[at + 1 :] if at is not None else words[:1]
         told = next((k for k, w in enumerate(after) if at is not None and re.fullmatch(r"-\w*c", w)), None)
         if told is not None:
             text = shell.inner(after[told + 1]) if len(after) > told + 1 else ""
-            return _moved(shell.commands(text), command)
+            return _moved(shell.commands(text), command, after[told + 2 :])
         document = command.heredoc if at is not None and after in ((), ("-",), ("-s",)) else None
         document = document or self.files.get(after[0].removeprefix("./") if after else "")
         if document is None:
@@ -386,12 +390,15 @@ class Script:
         return shell.commands(text, document.line)
 
 
-def _moved(found: list[Command], to: Command) -> list[Command]:
-    """Commands of `bash -c`: on its line, and in the background, or in a pipeline, where it is."""
-    moved = [
-        replace(command, line=to.line + command.line - 1, background=to.background or command.background)
-        for command in found
-    ]
+def _moved(found: list[Command], to: Command, arguments: tuple[str, ...]) -> list[Command]:
+    """Commands of `bash -c`: on its line, in the background or in a pipeline where it is, with what $0 and $@ are."""
+    given = [shlex.quote(word.replace("$", shell.EARLIER)) for word in arguments]
+    known = {"$0": given[:1], "$@": given[1:]}
+    moved = []
+    for command in found:
+        words = [w for word in command.words for w in (known.get(word.strip('"'), [word]) if given else [word])]
+        line, background = to.line + command.line - 1, to.background or command.background
+        moved.append(replace(command, line=line, words=tuple(words) or (":",), background=background))
     return [*moved[:-1], *(replace(command, after=to.after) for command in moved[-1:])]
 
 
@@ -425,8 +432,14 @@ def _talks(words: tuple[str, ...]) -> bool:
 
 
 def _launches(step: Step) -> Iterator[Launch]:
-    for k, word in enumerate(() if _talks(step.words) else step.words):
-        kind, after = _launcher(word.rpartition("/")[2], step.words[k + 1 :])
+    if _talks(step.words):
+        return
+    begin = step.words.index("--") if step.kept and "--" in step.words else 0  # behind `python -m snell_dist keep`
+    for k, word in enumerate(step.words[begin:], begin):
+        base = word.rpartition("/")[2]
+        if base in SHELLS:  # what that does is a step of its own
+            return
+        kind, after = _launcher(base, step.words[k + 1 :])
         if kind:
             found, _ = options(after, LAUNCHER_FLAGS, "muh") if kind != "python" else ({}, 0)
             yield Launch(step.line, kind, found, step)
