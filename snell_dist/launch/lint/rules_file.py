@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from snell_dist.launch.lint.rule import ERROR, WARNING, Found, rule
+from snell_dist.config import nearest
+from snell_dist.launch.lint.rule import ALL, ERROR, WARNING, Found, rule
 from snell_dist.launch.lint.script import Script
 
 GRAVE = r"nodes|n?tasks|gpus|gres|signal|requeue|open-mode|array"  # options whose lack is seen late
@@ -193,3 +194,16 @@ def conda_activate(script: Script) -> Found:
         if step.words[:2] == ("conda", "activate"):
             yield step.line, "conda activate without conda.sh"
             return
+
+
+@rule(
+    "unknown-rule",
+    WARNING,
+    about="a comment allows a rule that does not exist",
+    why="it silences nothing",
+    mend="see snell launch lint --rules",
+)
+def unknown_rule(script: Script) -> Found:
+    for name, line in script.allowed.items():
+        if name not in ALL:
+            yield line, f"allow {name}: no such rule{nearest(name, ALL)}"

@@ -36,6 +36,7 @@ TALK = re.compile(  # commands that speak of others, or look after them
     r"|grep|sed|awk|sbatch|scancel|alias|for|trap|pkill|pgrep|kill|rm|touch|tee|set|unset|shift|logger|ssh|pdsh"
     r"|clush"
 )
+ALLOW = re.compile(r"#\s*snell:\s*allow\s+(.*)")
 LONGEST = 20_000  # characters of a variable's value
 ELSEWHERE = re.compile(r"\b(mpirun|mpiexec|pdsh|clush|parallel-ssh|ssh|ray)\b")
 SPREADS = re.compile(r"\b(srun|mpirun|mpiexec|pdsh|clush|parallel-ssh|ssh|ray)\b")  # all that reach other nodes
@@ -139,6 +140,12 @@ class Script:
     @cached_property
     def lines(self) -> list[str]:
         return self.code.split("\n")
+
+    @cached_property
+    def allowed(self) -> dict[str, int]:
+        """Rules that a comment silences, and its line."""
+        found = ((number, ALLOW.search(line)) for number, line in enumerate(self.lines, 1))
+        return {rule: number for number, match in found if match for rule in re.split(r"[,\s]+", match[1].strip())}
 
     @cached_property
     def bare(self) -> list[tuple[int, str]]:
