@@ -265,6 +265,17 @@ def test_submit_starts_the_script_here(tmp_path: Path) -> None:
     assert f"snell_dist keep {tmp_path}/run --grace" in printed.splitlines()[-1]
 
 
+def test_what_is_submitted_here_trains_on_two_processes_and_goes_on_when_it_is_complete(tmp_path: Path) -> None:
+    words = ["--via", "torchrun", "--processes-per-node", "2", "--run", tmp_path / "run", "--submit"]
+    status, _, said = launch(*words)
+    assert status == 0, said
+    assert json.loads((tmp_path / "run/run.json").read_text())[0]["world_size"] == 2
+    assert (tmp_path / "run/summary.json").exists()
+    status, _, said = launch(*words)
+    assert status == 0
+    assert "complete" in said
+
+
 def test_a_typing_error_costs_no_time_in_the_queue() -> None:
     status, script, said = launch("--via", "slurm", "optim.lrr=1")
     assert status == 2
