@@ -333,6 +333,20 @@ def test_a_hostfile_may_ask_for_no_more_gpus_than_are_here(tmp_path: Path, monke
         made(Wish("torchrun", hostfile=tmp_path / "hosts"))
 
 
+def test_the_port_is_one_for_each_run_and_known_before(cluster: None) -> None:
+    Path("two").write_text("a slots=1\nb slots=1\n")
+    Path("one").write_text("localhost slots=2\n")
+    first, again = (made(Wish("torchrun", hostfile=Path("two"))) for _ in range(2))
+    other = made(Wish("torchrun", hostfile=Path("two"), run="other"))
+    assert first.listens == again.listens != other.listens
+    assert first.listens is not None
+    assert first.listens[0] == "a"
+    assert 20000 <= first.listens[1] < 32000
+    assert first.settings["PORT"] == str(first.listens[1])
+    assert made(Wish("deepspeed", hostfile=Path("one"))).listens is not None
+    assert made(Wish("torchrun")).listens is None  # any that is free
+
+
 def test_torchrun_wants_equal_machines(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
     with pytest.raises(UserError, match="slots differ"):
