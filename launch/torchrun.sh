@@ -37,7 +37,7 @@ settings=(
 command=(
   "$PYTHON" -m torch.distributed.run
   --nnodes="$NNODES" --nproc-per-node="$PROCESSES"
-  --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$RUN"
+  --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${RUN//\//-}"
   "--rdzv-conf=join_timeout=600,last_call_timeout=15" # to wait for the fewest nodes, and then for more
   --max-restarts=3
   # By default SIGUSR1 ends torchrun and leaves its processes alone; and 30 s may be too few to save.

@@ -173,15 +173,8 @@ def _for_slurm(loaded: Loaded[Run], words: list[str], wish: Wish) -> Plan:
         **{key: value for key, value in wish.options.items() if value is not None},
     }
     _words(options)
-    settings = {"PYTHON": sys.executable, "GRACE": str(seconds)}
-    if processes != max(1, count.number):
-        settings["PROCESSES"] = str(processes)
-    if wish.port is not None:
-        settings["PORT"] = str(wish.port)
-    if wish.run is not None:
-        settings["RUN"] = wish.run
-    if wish.container is not None:
-        settings["CONTAINER"] = wish.container
+    own = _given(PROCESSES=wish.processes_per_node, PORT=wish.port, RUN=wish.run, CONTAINER=wish.container)
+    settings = {"PYTHON": sys.executable, "GRACE": str(seconds), **own}
     script = "container" if wish.container else kind
     data = loaded.config.data
     batch = share(data.batch_size, data.micro_batch_size, range(least, most + 1), [processes])
@@ -215,12 +208,10 @@ def _for_hosts(loaded: Loaded[Run], words: list[str], wish: Wish) -> Plan:
     seconds, why = grace([*_earlier(loaded, words[0]), Path(run)])
     many = len(machines) > 1
     port = wish.port
-    if many and port is None:
+    if port is None and (many or wish.via == "deepspeed"):
         port = LOWEST_PORT + zlib.crc32(run.encode()) % PORTS
     first = machines[0].name if many else "localhost"
-    settings = {"PYTHON": sys.executable, "RUN": run, "GRACE": str(seconds)}
-    if port is not None:
-        settings["PORT"] = str(port)
+    settings = {"PYTHON": sys.executable, "RUN": run, "GRACE": str(seconds), **_given(PORT=port)}
     if wish.via == "torchrun":
         settings["PROCESSES"] = str(counts[0])
         if many:
@@ -231,14 +222,12 @@ def _for_hosts(loaded: Loaded[Run], words: list[str], wish: Wish) -> Plan:
     batch = share(data.batch_size, data.micro_batch_size, range(least, most + 1), processes)
     each = "the same command on each of them" if wish.via == "torchrun" else "from here, over ssh"
     names = ", ".join(host.name for host in machines)
+    started = " + ".join(map(str, processes)) + (" a node" if many and len(processes) == 1 else "")
     said = [
         ("script", f"{wish.via}.sh{': ' + each if many else ''}"),
         ("run", f"{run}{', in a folder that all machines share' if many else ''}"),
         ("hosts", f"{_range(least, most)} of {names} ({wish.hostfile})" if many else "this machine"),
-        (
-            "processes",
-            f"{' + '.join(map(str, processes))}{' a node' if many and len(processes) == 1 else ''}: {why_counts}",
-        ),
+        ("processes", f"{started}: {why_counts}"),
         ("batch", batch),
         ("threads", f"{max(1, machine.cores() // max(counts))} a process: {machine.cores()} cores here"),
         ("port", f"{port} on {first}" if port is not None else "any that is free"),
@@ -403,6 +392,10 @@ def _check_run(run: Path, loaded: Loaded[Run]) -> None:
 def _earlier(loaded: Loaded[Run], config: str) -> list[Path]:
     names = sorted({loaded.name, name_of(config)})
     return [file.parent for name in names for file in sorted(Path("runs", name).glob("*/metrics.jsonl"))]
+
+
+def _given(**settings: str | int | None) -> dict[str, str]:
+    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def _words(options: dict[str, str | None]) -> None:

@@ -265,6 +265,17 @@ def test_submit_starts_the_script_here(tmp_path: Path) -> None:
     assert f"snell_dist keep {tmp_path}/run --grace" in printed.splitlines()[-1]
 
 
+def test_what_is_submitted_here_trains_on_two_processes_and_goes_on_when_it_is_complete(tmp_path: Path) -> None:
+    words = ["--via", "torchrun", "--processes-per-node", "2", "--run", tmp_path / "run", "--submit"]
+    status, _, said = launch(*words)
+    assert status == 0, said
+    assert json.loads((tmp_path / "run/run.json").read_text())[0]["world_size"] == 2
+    assert (tmp_path / "run/summary.json").exists()
+    status, _, said = launch(*words)
+    assert status == 0
+    assert "complete" in said
+
+
 def test_a_typing_error_costs_no_time_in_the_queue() -> None:
     status, script, said = launch("--via", "slurm", "optim.lrr=1")
     assert status == 2
@@ -320,6 +331,20 @@ def test_a_hostfile_may_ask_for_no_more_gpus_than_are_here(tmp_path: Path, monke
     (tmp_path / "hosts").write_text(f"{HERE} slots=4\nother slots=4\n")
     with pytest.raises(UserError, match=f"{HERE} slots=4: this machine has 2 GPUs"):
         made(Wish("torchrun", hostfile=tmp_path / "hosts"))
+
+
+def test_the_port_is_one_for_each_run_and_known_before(cluster: None) -> None:
+    Path("two").write_text("a slots=1\nb slots=1\n")
+    Path("one").write_text("localhost slots=2\n")
+    first, again = (made(Wish("torchrun", hostfile=Path("two"))) for _ in range(2))
+    other = made(Wish("torchrun", hostfile=Path("two"), run="other"))
+    assert first.listens == again.listens != other.listens
+    assert first.listens is not None
+    assert first.listens[0] == "a"
+    assert 20000 <= first.listens[1] < 32000
+    assert first.settings["PORT"] == str(first.listens[1])
+    assert made(Wish("deepspeed", hostfile=Path("one"))).listens is not None
+    assert made(Wish("torchrun")).listens is None  # any that is free
 
 
 def test_torchrun_wants_equal_machines(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_one_machine_takes_any_free_port() -> None:
     said = dry("torchrun.sh", "demo")
     assert said.option("nnodes") == "1"
     assert said.option("rdzv-endpoint") == "localhost:0"
+    assert "/" not in said.option("rdzv-id")  # torchrun makes a folder of this name
     assert dry("torchrun.sh", "demo", PORT="29999").option("rdzv-endpoint") == "localhost:29999"
 
 
