@@ -40,7 +40,7 @@ from training import ENVIRONMENT, SETTINGS  # noqa: E402
 SCRIPTS = "torchrun", "tasks", "deepspeed"
 STAGES = "keep", "meet", "first step"
 IMPORTS = "import torch", "import torch.distributed.run", "import snell_dist.job"
-POLL_S, WAIT_S = 0.005, 300
+POLL_S, WAIT_S = 0.005, 90
 PREFLIGHT = re.compile(r"preflight: .*\((\d+\.\d+) s\); .* in (\d+\.\d+) ms")
 
 
@@ -54,7 +54,7 @@ def main() -> int:
         (Path(place) / "slurm").mkdir()
         slurm = Slurm(nodes, Path(place) / "slurm")
         report["starts"] = [
-            {"how": how, **one(how, nodes, slurm, Path(place) / f"{how} {i}")}
+            {"how": how, **one(how, nodes, slurm, Path(place) / f"{how}-{i}")}
             for i in range(args.rounds + 1)  # the first of each warms up, and is not counted
             for how in (*(f"{script}.sbatch" for script in SCRIPTS), "torchrun.sh")
         ]
@@ -128,7 +128,7 @@ def until(happens: Any) -> None:
     end = time.perf_counter() + WAIT_S
     while not happens():
         if time.perf_counter() > end:
-            raise SystemExit(f"nothing happened for {WAIT_S} s")
+            raise TimeoutError(f"nothing happened for {WAIT_S} s")
         time.sleep(POLL_S)
 
 
