@@ -13,7 +13,7 @@ from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone, steps, world_s
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(300)]
 TWO = ["--nodes=2", "--gpus-per-node=1"]
-MANY = 60  # steps
+MANY = 40  # steps
 
 
 @pytest.fixture(scope="module")
