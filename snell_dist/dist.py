@@ -148,6 +148,10 @@ def _store() -> Store:
             said = f"{where} port {port} is in use on {host()}: end what listens there, or set another MASTER_PORT"
             raise UserError(said) from None
         raise MachineError(f"{host()}: {where} port {port}: {first_line(error)}") from None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's own store remembers earlier attempts. With several agents nothing tells attempts apart, since each
+        # counts those that its own ranks ended: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a new store.
+        store = torch_dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
 
 

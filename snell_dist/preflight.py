@@ -67,7 +67,7 @@ class Preflight:
     def meet(self, store: Store) -> None:
         begin = time.perf_counter()
         mine = notes(self._config, self._place, self._device)
-        name = f"preflight {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        name = "preflight"
         store.set(f"{name} notes {mine.rank}", json.dumps(asdict(mine)))
         if dist.rank() == 0:
             everyone, missing = _collect(store, name)

@@ -47,7 +47,7 @@ class Result:
             adapter=load_file(folder / ADAPTER),
             accuracy=summary["test_accuracy"],
             loss=summary["test_loss"],
-            world_sizes=[attempt["world_size"] for attempt in json.loads((folder / "run.json").read_text())],
+            world_sizes=world_sizes(folder),
         )
 
     def differences(self, other: Result) -> list[str]:
@@ -79,3 +79,9 @@ def steps(folder: Path) -> int:
     """How many steps a run has shown."""
     file = folder / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
+
+
+def world_sizes(folder: Path) -> list[int]:
+    """Of a run's attempts up to now."""
+    file = folder / "run.json"
+    return [attempt["world_size"] for attempt in json.loads(file.read_text())] if file.exists() else []
