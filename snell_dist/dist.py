@@ -169,12 +169,12 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def end_with_parent() -> None:
-    """This process gets SIGTERM when the one that started it dies: a rank saves and ends, and trains on for nobody."""
+def end_with_parent(by: int = signal.SIGTERM) -> None:
+    """This process gets a signal when the one that started it dies: a rank saves and ends, and trains on for nobody."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
 
 
 def call_off() -> None:

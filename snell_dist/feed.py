@@ -169,6 +169,10 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | s
 
 
 def _quiet(worker: int) -> None:
-    """Who trains decides when to stop: Ctrl-C and SIGTERM reach the whole group, and a reader must outlive them."""
+    """Who trains decides when to stop: Ctrl-C and SIGTERM reach the whole group, and a reader must outlive them.
+
+    It does not outlive its rank, even where it is stuck.
+    """
     for number in dist.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    dist.end_with_parent(signal.SIGKILL)

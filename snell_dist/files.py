@@ -14,11 +14,15 @@ from pathlib import Path
 def write_atomic(file: Path, text: str) -> None:
     """The whole new text or the old one, whatever happens meanwhile."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # what a full disk raises has none
+        raise
 
 
 @contextmanager

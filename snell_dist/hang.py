@@ -47,8 +47,8 @@ def diagnose(beats: Sequence[Beat]) -> list[str]:
     others = [b for b in there if b not in stopped]
     if not others:  # all at one place: whoever is in no collective operation keeps the others
         alone = [b for b in stopped if not b.waits_in]
-        others = [b for b in stopped if b.waits_in]
-        stopped = alone if others else stopped
+        if alone:
+            others, stopped = [b for b in stopped if b.waits_in], alone
     if others or not stopped[0].waits_in:
         said += [f"{b.name} stopped in {_place(b)} {b.phase_s:.0f} s ago{_doing(b)}" for b in stopped[:SHOWN]]
         if others:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -59,7 +60,8 @@ class Launch:
 def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pause_s: float) -> int:
     """Runs the command until the run in `folder` is complete. Returns what `exits` lists.
 
-    attempts: failures in a row without a newer checkpoint; those before a Slurm job was put back into the queue count.
+    attempts: failures in a row without a newer checkpoint; in a Slurm job those before it was put back into the queue
+    count, elsewhere the same command begins to count anew.
     grace_s: from a request to stop to the end of the ranks. UserError where there is nothing to run.
     """
     if not command:
@@ -72,7 +74,8 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise trouble(f"keep: {folder}: cannot be made", error) from None
-    requests, made = _Requests(), launches(folder)
+    job = os.environ.get("SLURM_JOB_ID")
+    requests, made = _Requests(), [launch for launch in launches(folder) if job and launch.job == job]
     while True:
         if run_folder.is_complete(folder):
             _say(f"{folder} is complete")
@@ -91,19 +94,23 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
             _say(f"not started again, since it would end the same way: {launch.why}")
             return Exit.BAD_INPUT
         if requests.received is not None or launch.outcome == "interrupted":
-            back = requests.received == signal.SIGUSR1 and launch.job and _requeue(launch.job)
-            _say("stopped as asked; " + ("back to the queue" if back else "the same command goes on from there"))
-            return Exit.INTERRUPTED
+            return _leave(requests, job)
         stalled = stalls(made, run_folder.saved_at(folder))
         said = f"the command ended with {launch.status}{f' ({launch.why})' if launch.why else ''}"
-        if 2 <= stalled < attempts and launch.job and _requeue(launch.job):
+        if 2 <= stalled < attempts and job and _requeue(job):
             _say(f"{said}, {stalled} times in a row without a new checkpoint: back to the queue, for other nodes")
             return Exit.MACHINE
         if stalled < attempts:
             pause = min(pause_s * 2 ** max(0, stalled - 1), MOST_PAUSE_S)
             _say(f"{said}; starting again in {pause:.0f} s ({stalled} of {attempts} without a new checkpoint)")
             if requests.wait(pause):
-                return Exit.INTERRUPTED
+                return _leave(requests, job)
+
+
+def _leave(requests: _Requests, job: str | None) -> int:
+    back = requests.received == signal.SIGUSR1 and job and _requeue(job)
+    _say("stopped as asked; " + ("back to the queue" if back else "the same command goes on from there"))
+    return Exit.INTERRUPTED
 
 
 def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Requests) -> Launch:
@@ -112,7 +119,7 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
     verdicts = folder / VERDICTS
     offset = verdicts.stat().st_size if verdicts.exists() else 0
     launch = Launch(
-        time.strftime("%Y-%m-%dT%H:%M:%S%z"), platform.node(), os.environ.get("SLURM_JOB_ID"),
+        datetime.now().astimezone().isoformat(timespec="milliseconds"), platform.node(), os.environ.get("SLURM_JOB_ID"),
         int(os.environ.get("SLURM_RESTART_COUNT", "0")), run_folder.saved_at(folder),
     )  # fmt: skip
     try:
@@ -203,10 +210,9 @@ def launches(folder: Path) -> list[Launch]:
 
 
 def stalls(made: Sequence[Launch], saved_at: int) -> int:
-    """Failures in a row up to now since the newest checkpoint was completed; those of this job or this host."""
-    job, host = os.environ.get("SLURM_JOB_ID"), platform.node()
+    """Failures in a row, up to the last one, since the newest checkpoint was completed."""
     count = 0
-    for launch in reversed([m for m in made if (m.job == job if job else m.host == host)]):
+    for launch in reversed(made):
         if launch.saved_at != saved_at or launch.outcome not in ("failed", ""):
             break
         count += 1

@@ -50,6 +50,10 @@ class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is said where something is lost by it; the terminal has the message."""
 
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
 
 def files(folder: Path) -> list[Path]:
     """Of a run folder, rank 0's first; other ranks have one where they said something."""
