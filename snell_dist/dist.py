@@ -86,8 +86,6 @@ def process_group(
 
     if world_size() > 1:
         end_with_parent()
-        if os.getppid() == 1:
-            raise MachineError(f"{host()}: the launcher of rank {rank()} is gone")
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder: who was in which collective
         store = _store()
         meet(store)

@@ -49,6 +49,7 @@ class Beat:
     world_size: int
     host: str
     pid: int
+    pid_space: str  # in which that number means something: a machine's, or a container's
     attempt: int
     step: int  # from 1, the one at work
     steps: int
@@ -65,6 +66,14 @@ class Beat:
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
+
+
+def pid_space() -> str:
+    """Names this process's namespace of process numbers; "" where there are none."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def read(folder: Path) -> list[Beat]:
@@ -136,8 +145,8 @@ class Heart:
         phase_s = time.perf_counter() - self._since
         doing, waits_in = self._look() if phase_s > LONG_S else ("", "")
         beat = Beat(
-            dist.rank(), dist.world_size(), platform.node(), os.getpid(), self._attempt, self._step, self._steps,
-            self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120],
+            dist.rank(), dist.world_size(), platform.node(), os.getpid(), pid_space(), self._attempt, self._step,
+            self._steps, self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120],
             {k: round(v, 4) for k, v in self._seconds.items() if v}, max(0, self._step - self._first - 1),
         )  # fmt: skip
         said = asdict(beat)

@@ -240,8 +240,8 @@ def _alive(folder: Path) -> bool:
 
 
 def _exists(beat: heartbeat.Beat) -> bool:
-    """Of a rank on this machine it can be seen; of another, its heartbeat is all that there is."""
-    if beat.host != platform.node():
+    """Of a rank on this machine it can be seen; of another, or in a container, its heartbeat is all that there is."""
+    if not beat.pid_space or beat.pid_space != heartbeat.pid_space():
         return True
     try:
         os.kill(beat.pid, 0)
