@@ -66,6 +66,18 @@ class Beat:
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
+    def is_there(self) -> bool:
+        """Whether the process is, where it is one of this machine; of another, its heartbeat is all that there is."""
+        if self.host != platform.node():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
 
 def read(folder: Path) -> list[Beat]:
     """The newest attempt's beats by rank; none where no run has beaten there."""
