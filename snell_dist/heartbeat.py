@@ -49,7 +49,6 @@ class Beat:
     world_size: int
     host: str
     pid: int
-    pid_space: str  # in which that number means something: a machine's, or a container's
     attempt: int
     step: int  # from 1, the one at work
     steps: int
@@ -58,6 +57,7 @@ class Beat:
     doing: str = ""  # function, file and line, where the phase is long
     waits_in: str = ""  # the collective operation that it has not come out of
     ended: str = ""  # how, where it has
+    pid_space: str = ""  # in which `pid` means something: a machine's, or a container's
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since the second step began
     timed_steps: int = 0  # in which those seconds were spent, the last one still at work
     silent_s: float = 0.0
@@ -66,6 +66,18 @@ class Beat:
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
+
+    def is_there(self) -> bool:
+        """Whether the process is, where that can be seen; of another machine or container its heartbeat is all."""
+        if not self.pid_space or self.pid_space != pid_space():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
 
 
 def pid_space() -> str:
@@ -145,8 +157,8 @@ class Heart:
         phase_s = time.perf_counter() - self._since
         doing, waits_in = self._look() if phase_s > LONG_S else ("", "")
         beat = Beat(
-            dist.rank(), dist.world_size(), platform.node(), os.getpid(), pid_space(), self._attempt, self._step,
-            self._steps, self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120],
+            dist.rank(), dist.world_size(), platform.node(), os.getpid(), self._attempt, self._step,
+            self._steps, self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120], pid_space(),
             {k: round(v, 4) for k, v in self._seconds.items() if v}, max(0, self._step - self._first - 1),
         )  # fmt: skip
         said = asdict(beat)

@@ -236,20 +236,7 @@ def _ask(folder: Path) -> None:
 
 def _alive(folder: Path) -> bool:
     """Whether some rank trains there, by its heartbeat."""
-    return any(not beat.ended and beat.age_s < ALIVE_S and _exists(beat) for beat in heartbeat.read(folder))
-
-
-def _exists(beat: heartbeat.Beat) -> bool:
-    """Of a rank on this machine it can be seen; of another, or in a container, its heartbeat is all that there is."""
-    if not beat.pid_space or beat.pid_space != heartbeat.pid_space():
-        return True
-    try:
-        os.kill(beat.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return any(not beat.ended and beat.age_s < ALIVE_S and beat.is_there() for beat in heartbeat.read(folder))
 
 
 def _requeue(job: str) -> bool:

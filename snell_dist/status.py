@@ -61,7 +61,7 @@ def look(folder: Path) -> Status:
     records = _records(folder / "metrics.jsonl")
     last = records[-1] if records else {}
     complete = run_folder.is_complete(folder)
-    fresh = [b for b in beats if not b.ended and b.age_s < STALE_S]
+    fresh = [b for b in beats if not b.ended and b.age_s < STALE_S and b.is_there()]
     steps = max((b.steps for b in beats), default=0)
     step = max([b.step for b in fresh] or [int(last.get("step", -1)) + 1])
     rate = _rate(records)
