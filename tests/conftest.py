@@ -17,6 +17,7 @@ from snell_dist.checkpoint import Checkpoint, Checkpoints, Meta, newest
 from snell_dist.config import load
 from snell_dist.job import run
 from snell_dist.run_config import Run
+from snell_dist.run_folder import Resume
 from snell_dist.train import Outcome
 
 pytest_plugins = ["cluster"]  # in tests/launch: machines, Slurm and ssh
@@ -38,7 +39,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def train(
-    out: Path, *overrides: str, config: str = "demo", resume: bool = False, folder: Path | None = None
+    out: Path, *overrides: str, config: str = "demo", resume: Resume = False, folder: Path | None = None
 ) -> Outcome:
     """A tiny run in this process."""
     return run(load(config, [*TINY, *overrides], Run), out, resume, folder)

@@ -115,14 +115,21 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(damage, said, tmp_path,
     assert [c.meta.step for c in finished(tmp_path)] == [6]
 
 
-def test_changed_bytes_are_found_by_their_hash(tmp_path: Path) -> None:
-    found = saved(tmp_path, STATE)
+def test_changed_bytes_are_found_by_their_hash_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, STATE, 2, keep=5)
+    found = saved(tmp_path, STATE, 4, keep=5)
     file = found.path / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert found.damage(contents=False) is None
-    assert found.damage(contents=True) == "__0_0.distcp has other contents than were written"
+    said = "__0_0.distcp has other contents than were written"
+    assert found.damage(contents=True) == said
+    before = newest(tmp_path)
+    assert before is not None and before.meta.step == 2
+    assert f"checkpoint {found.path} is damaged and left alone: {said}" in caplog.messages
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_unknown_options_and_words(error: Callable) -> None:
     assert "expected key=value" in "".join(error("train", "demo", "rank"))
     assert "did you mean 'demo'?" in "".join(error("train", "dmeo"))
     assert "COMMAND" in "".join(error())
+    assert "not allowed with" in "".join(error("train", "demo", "--resume", "--resume-if-any"))
+    assert "unrecognized arguments: -- train" in "".join(error("stop", "run", "--", "train"))
 
 
 def test_overrides_may_stand_behind_options(tmp_path: Path, error: Callable) -> None:

@@ -18,7 +18,10 @@ from snell_dist.build import build
 from snell_dist.config import Plugin, UserError, load
 from snell_dist.dist import StopRequest
 from snell_dist.job import run
+from snell_dist.log import MetricsFile
 from snell_dist.run_config import Run
+from snell_dist.run_folder import STOP, attempts
+from snell_dist.train import Outcome
 from snell_dist.train import train as train_built
 
 
@@ -137,6 +140,35 @@ def test_resume_refuses_another_runs_folder_and_finished_runs_stay(tmp_path: Pat
         train(tmp_path, folder=tmp_path / "none", resume=True)
     assert train(tmp_path, "method.rank=4", folder=folder, resume=True).summary["steps"] == 6
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_resume_if_any_begins_and_continues_by_the_same_command(tmp_path: Path, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
+    """With a stop file in between, which asks any run under any launcher to save and stop."""
+    monkeypatch.setattr("snell_dist.dist.STOP_CHECK_S", 0.0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".launches.jsonl").touch()  # of whoever starts it
+
+    def again() -> Outcome:
+        return train(tmp_path, "method.rank=4", resume="if any", folder=folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "on_step", lambda self, moment: (folder / STOP).touch())
+        assert again().interrupted
+    assert again().summary["steps"] == 6
+    assert "resumed after step 2 of 6" in caplog.text
+    assert equal(trained(folder), trained(train(tmp_path / "alone", "method.rank=4").folder))
+    assert again().folder == folder
+    assert f"{folder} is complete, nothing to do" in caplog.text
+    assert len(attempts(folder)) == 2
+    with pytest.raises(UserError, match=r"another configuration \(they differ in method.rank\)"):
+        train(tmp_path, "method.rank=8", resume="if any", folder=folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    with pytest.raises(UserError, match="not a run folder"):
+        train(tmp_path, "method.rank=4", resume="if any", folder=tmp_path / "other")
+    found = [train(tmp_path / "out", "method.rank=4", resume="if any").folder for _ in range(2)]
+    assert found == [tmp_path / "out/demo/001"] * 2
 
 
 def test_a_run_killed_between_its_last_step_and_its_summary_completes(tmp_path: Path) -> None:
