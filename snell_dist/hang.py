@@ -49,19 +49,27 @@ def diagnose(beats: Sequence[Beat]) -> list[str]:
         alone = [b for b in stopped if not b.waits_in]
         if alone:
             others, stopped = [b for b in stopped if b.waits_in], alone
-    if others or not stopped[0].waits_in:
+    if others and not silent and all(b.waits_in for b in there):  # as when a link is cut between two operations
+        where = dict.fromkeys(f"{_waiting(b)} ({b.name})" for b in (*stopped[:SHOWN], *others[:1]))
+        said.append(
+            f"no rank is at work, and they wait in {' and in '.join(where)}: {_network(there)} has failed, or"
+            " they went different ways"
+        )
+    elif others or not stopped[0].waits_in:
         said += [f"{b.name} stopped in {_place(b)} {b.phase_s:.0f} s ago{_doing(b)}" for b in stopped[:SHOWN]]
         if others:
             said[-1] += f"; {_who(others)} in {_waiting(others[0])}"
     elif not said:
-        first, hosts = stopped[0], sorted({b.host for b in stopped})
-        between = f"between {' and '.join(hosts)}" if len(hosts) > 1 else f"of {hosts[0]}"
-        said.append(
-            f"all ranks wait in {_waiting(first)} since {first.phase_s:.0f} s: the network {between} has failed"
-        )
+        since = f"since {stopped[0].phase_s:.0f} s"
+        said.append(f"all ranks wait in {_waiting(stopped[0])} {since}: {_network(stopped)} has failed")
     else:
         said[-1] += f"; {_who(stopped)} in {_waiting(stopped[0])}"
     return said
+
+
+def _network(beats: Sequence[Beat]) -> str:
+    hosts = sorted({b.host for b in beats})
+    return f"the network between {', '.join(hosts[:SHOWN])}" if len(hosts) > 1 else f"the network of {hosts[0]}"
 
 
 def _place(beat: Beat) -> str:

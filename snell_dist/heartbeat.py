@@ -35,6 +35,7 @@ PHASES = {  # in the order of a step, as people call them
     "save": "saving a checkpoint",
     "end": "the end",
 }
+KEPT_BY = "SNELL_KEPT_BY"  # a variable of a rank's environment
 PERIOD_S = 1.0  # between two beats of a rank; longer where many ranks share a file system
 RANKS_A_SECOND = 64
 LONG_S = 2.0  # in one phase: worth a look at the stack
@@ -57,6 +58,7 @@ class Beat:
     doing: str = ""  # function, file and line, where the phase is long
     waits_in: str = ""  # the collective operation that it has not come out of
     ended: str = ""  # how, where it has
+    kept_by: str = ""  # who starts it again, as `snell keep` says
     pid_space: str = ""  # in which `pid` means something: a machine's, or a container's
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since the second step began
     timed_steps: int = 0  # in which those seconds were spent, the last one still at work
@@ -157,9 +159,10 @@ class Heart:
         phase_s = time.perf_counter() - self._since
         doing, waits_in = self._look() if phase_s > LONG_S else ("", "")
         beat = Beat(
-            dist.rank(), dist.world_size(), platform.node(), os.getpid(), self._attempt, self._step,
-            self._steps, self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120], pid_space(),
-            {k: round(v, 4) for k, v in self._seconds.items() if v}, max(0, self._step - self._first - 1),
+            dist.rank(), dist.world_size(), platform.node(), os.getpid(), self._attempt, self._step, self._steps,
+            self._phase, round(phase_s, 3), doing[:120], waits_in, self._ended[:120],
+            os.environ.get(KEPT_BY, ""), pid_space(), {k: round(v, 4) for k, v in self._seconds.items() if v},
+            max(0, self._step - self._first - 1),
         )  # fmt: skip
         said = asdict(beat)
         del said["silent_s"], said["age_s"]

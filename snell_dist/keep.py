@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -40,7 +40,7 @@ POLL_S = 0.2
 END_S = 15.0  # from SIGTERM to SIGKILL
 MOST_PAUSE_S = 300.0
 
-Outcome = Literal["complete", "bad input", "interrupted", "failed"]
+Outcome = Literal["complete", "bad input", "interrupted", "failed", "gave up"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
         if stalled >= attempts:
             last = f", the last one with: {made[-1].why}" if made[-1].why else ""
             _say(f"{stalled} attempts in a row ended without a new checkpoint{last}; giving up, see {folder}/train.log")
+            _append(
+                folder / LAUNCHES, asdict(replace(made[-1], began=_now(), outcome="gave up"))
+            )  # the next one counts anew
             return Exit.GAVE_UP
         launch = _once(folder, command, grace_s, requests)
         made.append(launch)
@@ -119,11 +122,12 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
     verdicts = folder / VERDICTS
     offset = verdicts.stat().st_size if verdicts.exists() else 0
     launch = Launch(
-        datetime.now().astimezone().isoformat(timespec="milliseconds"), platform.node(), os.environ.get("SLURM_JOB_ID"),
+        _now(), platform.node(), os.environ.get("SLURM_JOB_ID"),
         int(os.environ.get("SLURM_RESTART_COUNT", "0")), run_folder.saved_at(folder),
     )  # fmt: skip
     try:
-        child = subprocess.Popen(command, preexec_fn=dist.end_with_parent)
+        environment = os.environ | {heartbeat.KEPT_BY: _name()}
+        child = subprocess.Popen(command, env=environment, preexec_fn=dist.end_with_parent)
     except OSError as error:
         raise UserError(f"keep: {command[0]}: cannot be started: {error.strerror}") from None
     _append(folder / LAUNCHES, asdict(launch))
@@ -153,6 +157,10 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
     ended = Launch(**{**asdict(launch), "outcome": outcome, "status": child.returncode, "why": why})
     _append(folder / LAUNCHES, asdict(ended))
     return ended
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 class _Requests:
@@ -220,9 +228,12 @@ def stalls(made: Sequence[Launch], saved_at: int) -> int:
 
 
 def _clear(folder: Path, grace_s: float) -> None:
-    """Ranks of an earlier attempt that still live save and end first; then nobody is asked to stop."""
+    """Ranks of an earlier start that still live save and end first; then nobody is asked to stop.
+
+    Those that were started elsewhere stay: one of several nodes that train together comes back.
+    """
     end = time.monotonic() + grace_s
-    while _alive(folder) and time.monotonic() < end:
+    while _alive(folder, _name()) and time.monotonic() < end:
         _ask(folder)
         time.sleep(POLL_S)
     (folder / run_folder.STOP).unlink(missing_ok=True)
@@ -234,9 +245,19 @@ def _ask(folder: Path) -> None:
         (folder / run_folder.STOP).touch()
 
 
-def _alive(folder: Path) -> bool:
-    """Whether some rank trains there, by its heartbeat."""
-    return any(not beat.ended and beat.age_s < ALIVE_S and beat.is_there() for beat in heartbeat.read(folder))
+def _alive(folder: Path, kept_by: str | None = None) -> bool:
+    """Whether some rank trains there, by its heartbeat; `kept_by`: of those that this one started, or nobody."""
+    return any(
+        not beat.ended and beat.age_s < ALIVE_S and beat.is_there()
+        for beat in heartbeat.read(folder)
+        if kept_by is None or beat.kept_by in ("", kept_by)
+    )
+
+
+def _name() -> str:
+    """The same when this command is started again: of the Slurm job, wherever it runs, or of this machine."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"job {job}" if job else platform.node()
 
 
 def _requeue(job: str) -> bool:

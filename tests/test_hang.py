@@ -38,8 +38,15 @@ ALL = f"all ranks wait in {REDUCES} at step 41 since 60 s: the network"
             [WAITS, replace(READS, ended="no space left")],
             [f"rank 1 on node2 ended in {DATA}: no space left; {OTHER}"],
         ),
-        ([WAITS, replace(WAITS, rank=1, host="node2")], [f"{ALL} between node1 and node2 has failed"]),
+        ([WAITS, replace(WAITS, rank=1, host="node2")], [f"{ALL} between node1, node2 has failed"]),
         ([WAITS, replace(WAITS, rank=1)], [f"{ALL} of node1 has failed"]),
+        (
+            [WAITS, replace(WAITS, rank=1, host="node2", phase="agree", waits_in="all_reduce")],
+            [
+                f"no rank is at work, and they wait in {REDUCES} at step 41 (rank 0 on node1) and in all_reduce at step 41"
+                " (rank 1 on node2): the network between node1, node2 has failed, or they went different ways"
+            ],
+        ),
         (
             [replace(WAITS, world_size=3), replace(WAITS, rank=2, world_size=3)],
             [f"rank 1 never began (1 of 3); the others wait in {REDUCES} at step 41"],
