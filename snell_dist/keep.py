@@ -85,9 +85,7 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
         if stalled >= attempts:
             last = f", the last one with: {made[-1].why}" if made[-1].why else ""
             _say(f"{stalled} attempts in a row ended without a new checkpoint{last}; giving up, see {folder}/train.log")
-            _append(
-                folder / LAUNCHES, asdict(replace(made[-1], began=_now(), outcome="gave up"))
-            )  # the next one counts anew
+            _append(folder / LAUNCHES, asdict(replace(made[-1], outcome="gave up")))  # the next one counts anew
             return Exit.GAVE_UP
         launch = _once(folder, command, grace_s, requests)
         made.append(launch)

@@ -43,8 +43,8 @@ ALL = f"all ranks wait in {REDUCES} at step 41 since 60 s: the network"
         (
             [WAITS, replace(WAITS, rank=1, host="node2", phase="agree", waits_in="all_reduce")],
             [
-                f"no rank is at work, and they wait in {REDUCES} at step 41 (rank 0 on node1) and in all_reduce at step 41"
-                " (rank 1 on node2): the network between node1, node2 has failed, or they went different ways"
+                f"no rank is at work, and they wait in {REDUCES} at step 41 (rank 0 on node1) and in all_reduce at"
+                " step 41 (rank 1 on node2): the network between node1, node2 has failed, or they went different ways"
             ],
         ),
         (
@@ -56,7 +56,7 @@ ALL = f"all ranks wait in {REDUCES} at step 41 since 60 s: the network"
             [f"rank 1 on node1 stopped in the backward pass at step 41 60 s ago (hook, engines/ddp.py:9); {OTHER}"],
         ),
     ],
-    ids=["nobody", "data", "silent", "ended", "network", "one host", "missing", "same phase"],
+    ids=["nobody", "data", "silent", "ended", "network", "one host", "two phases", "missing", "same phase"],
 )
 def test_the_sentence_names_the_cause(beats: list[Beat], said: list[str]) -> None:
     assert diagnose(beats) == said

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from conftest import digest, snell, train, trained
 from disturbed import AROUND, children, family, keeps, lives, pid_of, slow, slowly, started, torchrun, until
 
 from snell_dist import run_folder
+from snell_dist.heartbeat import KEPT_BY
 from snell_dist.keep import LAUNCHES, Launch, launches, stalls
 
 STEPS = "train.steps=120", "train.save_every=4"
@@ -243,3 +247,24 @@ def test_lines_that_a_full_disk_cut_off_are_passed_over(tmp_path: Path) -> None:
     (launch,) = launches(tmp_path)
     assert stalls([launch], saved_at=5) == 1
     assert stalls([launch], saved_at=6) == 0
+
+
+@pytest.mark.parametrize(("keeper", "asked"), [("another-node", False), (platform.node(), True)])
+def test_only_ranks_that_it_started_itself_are_asked_to_stop(keeper: str, asked: bool, tmp_path: Path) -> None:
+    """One of two nodes comes back: the other one's ranks go on. What is left of its own start must end first."""
+    beats = (
+        "import sys, time; from pathlib import Path; from snell_dist.heartbeat import Heart\n"
+        f"Heart(Path({str(tmp_path)!r}), 1, 9, 1e9, print); print('beats', flush=True); time.sleep(600)"
+    )
+    environment = os.environ | {KEPT_BY: keeper}
+    environment.pop("SLURM_JOB_ID", None)
+    with subprocess.Popen([sys.executable, "-c", beats], env=environment, stdout=subprocess.PIPE, text=True) as rank:
+        try:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "beats\n"
+            begin = time.time()
+            snell("keep", tmp_path, "--attempts", "1", "--grace", "20", "--", *FAILS, env=environment)
+            (launch,) = {each.began for each in launches(tmp_path) if each.outcome == "failed"}
+            assert (datetime.fromisoformat(launch).timestamp() - begin > 20) == asked
+        finally:
+            rank.kill()
