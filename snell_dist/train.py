@@ -49,6 +49,9 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
         for observer in observers:
             stack.callback(observer.on_end, summary)
         done = loop(config, folder, built, start, selection, observers, timer, stop)
+        late = heartbeat.straggler(heartbeat.read(folder)) if dist.rank() == 0 else None
+        if late:
+            log.warn(late)
         if done < built.steps:
             return Outcome(folder, interrupted=True, summary=summary)
         selection.restore()

@@ -17,7 +17,7 @@ from snell_dist.adapter import read_tensors
 from snell_dist.build import build
 from snell_dist.config import Plugin, UserError, load
 from snell_dist.dist import StopRequest
-from snell_dist.job import run
+from snell_dist.job import _as_begun, run
 from snell_dist.log import MetricsFile
 from snell_dist.run_config import Run
 from snell_dist.run_folder import STOP, attempts
@@ -238,3 +238,17 @@ def wait_for(file: Path, process: subprocess.Popen[str], seconds: float = 120) -
         assert process.poll() is None, "the process ended too early"
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_on_fewer_ranks_micro_batches_stay_as_large_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks began with 6 images each of a batch of 12: one goes on with 2 micro-batches of 6, four with 3 each."""
+    (tmp_path / "run.json").write_text(json.dumps([{"micro_batch_size": 6}]))
+    config = load("demo", TINY, Run).config
+    for world_size, micro in ((1, 6), (2, None), (4, None)):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        assert _as_begun(config, tmp_path).data.micro_batch_size == micro
+    said = load("demo", [*TINY, "data.micro_batch_size=4"], Run).config
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert _as_begun(said, tmp_path).data.micro_batch_size == 4
