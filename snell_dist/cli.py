@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from snell_dist import dist
+from snell_dist import dist, run_folder
 from snell_dist.config import CONFIGS, ConfigError, UserError, trouble
 from snell_dist.exits import Exit
 
@@ -334,7 +334,10 @@ def _train(args: argparse.Namespace) -> int:
     outcome = run(loaded, args.out, args.resume, args.folder)
     if outcome.interrupted and args.resume == "if any":
         _tell_keeper(args, Exit.INTERRUPTED, "asked to stop")
-        return Exit.DONE if dist.launched_by_torchrun() else Exit.INTERRUPTED  # else torchrun would start it again
+        # After any other status torchrun starts its ranks again: wrong where the run was asked to stop, and right where
+        # only the agent of another node died, for which it would else wait for minutes after the end of its own ranks.
+        asked = args.folder is not None and (args.folder / run_folder.STOP).exists()
+        return Exit.DONE if asked and dist.launched_by_torchrun() else Exit.INTERRUPTED
     if outcome.interrupted:
         again = ["snell", "train", args.config, *args.overrides]
         if outcome.folder is None:  # in the training of its base, which continues by itself
