@@ -38,7 +38,8 @@ command=(
   "$PYTHON" -m torch.distributed.run
   --nnodes="$NNODES" --nproc-per-node="$PROCESSES"
   --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${RUN//\//-}"
-  "--rdzv-conf=join_timeout=600,last_call_timeout=15" # to wait for the fewest nodes, and then for more
+  # Seconds to wait for the first node, for the fewest nodes, and then for more.
+  "--rdzv-conf=read_timeout=600,join_timeout=600,last_call_timeout=15"
   --max-restarts=3
   # By default SIGUSR1 ends torchrun and leaves its processes alone; and 30 s may be too few to save.
   "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout="$GRACE"

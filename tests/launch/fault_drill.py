@@ -10,6 +10,8 @@ A run meets all kinds of faults in random order, each after a random number of s
 before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm forgets a silent one after 20 s, the
 watchdog ends a run that stands still for 10 s. All times come from the run's own train.log.
 
+launch       seconds from the fault to the start by `snell keep` that came back, empty where keep was not needed; before it
+             Slurm was at work, which notices a death, requeues and waits for nodes, or who starts a dead node again
 first step   seconds from the fault to the first step of the next attempt; empty where the attempt went on
 back         to the first step that had not been done before; where the attempt went on, to the end of the standstill
 again        steps that were done twice
@@ -39,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,7 @@ class Fault:
     where: str
     step: int  # the last that was shown
     saved: int  # the newest whole checkpoint, of steps
+    launched_s: float | None = None
     first_s: float | None = None
     back_s: float | None = None
     joined_s: float | None = None  # elastic: from the start on the node that came back to a step of all
@@ -443,7 +447,7 @@ def undisturbed(steps: int, folder: Path) -> Path:
     """The folder of a run of two ranks that nobody disturbs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     command = [*launcher, "snell_dist", "train", "demo", *SETTINGS, f"train.steps={steps}", "--folder", folder]
-    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=FINISH_S, stdout=sys.stderr)
+    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=FINISH_S, capture_output=True)
     return folder
 
 
@@ -502,6 +506,8 @@ def hurt(run: Training, series: str, kind: str, draw: random.Random, tally: Tall
             raise Lost(f"not back within {HANG_S} s after: {kind} ({fault.where})")
         run.check()
         time.sleep(POLL_S)
+    begun = [datetime.fromisoformat(one.began).timestamp() - at for one in keep.launches(run.seen)]
+    fault.launched_s = max((s for s in begun if 0 < s < (fault.first_s or 0)), default=None)
     if kind == ELASTIC:
         run.comes_to(run.shown() + draw.randint(*BETWEEN))
         attempts, began = len(run.attempts()), time.time()
@@ -576,7 +582,8 @@ def sound(row: Mapping[str, Any]) -> bool:
     return agrees(row) and not (bad or row["failed"] or row["metrics"] or row["orphans"] or row["counters"])
 
 
-BY_KIND = ["series", "fault", "times", "**hung**", "**lost**", "first step", "most", "back", "most", "again, most"]
+BY_KIND = ["series", "fault", "times", "**hung**", "**lost**"]
+BY_KIND += ["launch", "most", "first step", "most", "back", "most", "again, most"]
 BY_RUN = ["run", "faults", "attempts", "launches", "requeues"]
 BY_RUN += ["**orphans**", "**metrics**", "**counters**", "**equal**"]
 
@@ -588,10 +595,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             found = [f for row in rows if row["series"] == series for f in row["faults"] if f["kind"] == kind]
             if found:
                 bad = [f"**{sum(bool(f[what]) for f in found)}**" for what in ("hung", "lost")]
-                times = [*_seconds(found, "first_s"), *_seconds(found, "back_s"), str(max(f["again"] for f in found))]
-                kinds.append([series, kind, str(len(found)), *bad, *times])
+                times = [each for name in ("launched_s", "first_s", "back_s") for each in _seconds(found, name)]
+                kinds.append([series, kind, str(len(found)), *bad, *times, str(max(f["again"] for f in found))])
                 if series == "elastic":
-                    joined = [str(len(found)), "", "", *_seconds(found, "joined_s")]
+                    joined = [str(len(found)), *[""] * 4, *_seconds(found, "joined_s")]
                     kinds.append([series, "it comes back", *joined, "", "", ""])
     runs = [BY_RUN, ["---"] + ["---:"] * (len(BY_RUN) - 1)]
     for row in rows:

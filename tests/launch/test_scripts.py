@@ -251,7 +251,7 @@ def test_several_machines_meet_at_the_first_at_the_runs_port() -> None:
     host, port = said.option("rdzv-endpoint").split(":")
     assert host == "a"
     assert 20000 <= int(port) < 32000
-    assert said.option("rdzv-conf") == "join_timeout=600,last_call_timeout=15"
+    assert said.option("rdzv-conf") == "read_timeout=600,join_timeout=600,last_call_timeout=15"
 
 
 def test_each_task_gets_torchs_names_for_its_numbers() -> None:
