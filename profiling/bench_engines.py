@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from snell_dist import dist, methods, optim
+from snell_dist import dist, meeting, methods, optim
 from snell_dist.build import build
 from snell_dist.config import load
 from snell_dist.data import Batch
@@ -71,7 +71,7 @@ def main() -> int:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         return subprocess.run([*launcher, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
     report: dict[str, Any] = {"environment": environment(), "rounds": args.rounds, "engines": []}
-    with dist.process_group(torch.device("cpu")), tempfile.TemporaryDirectory() as folder:
+    with meeting.process_group(torch.device("cpu")), tempfile.TemporaryDirectory() as folder:
         for name in args.only:
             place = Path(folder) / name
             place.mkdir()

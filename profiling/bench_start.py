@@ -33,7 +33,7 @@ import torch
 from compare import environment, where_run
 from safetensors.torch import save_file
 
-from snell_dist import dist
+from snell_dist import dist, meeting
 from snell_dist.build import Built, build
 from snell_dist.config import load
 from snell_dist.memory.record import held_bytes
@@ -86,7 +86,7 @@ def one_rank(size: str, engine: str, weights: str) -> None:
     own += [f"{section}.image_size={PIXELS[size]}" for section in ("backbone", "data")]
     own += [f"backbone.size={size}", f"backbone.weights={weights}"]
     device = torch.device("cpu")
-    with dist.process_group(device):
+    with meeting.process_group(device):
         built_by(engine, tiny, device)
         torch.distributed.barrier()
         gc.collect()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from snell_dist import adapter, dist, hang, heartbeat, log, run_folder
+from snell_dist import adapter, dist, hang, heartbeat, log, meeting, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
 from snell_dist.config import ConfigError, Loaded, UserError, load
@@ -31,7 +31,7 @@ def run(loaded: Loaded[Run], out: Path, resume: run_folder.Resume = False, folde
         raise loaded.locate(error) from None
     check = Preflight(loaded.config, folder or out, device)
     # the heartbeat's thread ends a stuck run, and says why; where it cannot, the group's own time-out does
-    with dist.process_group(device, 4 * loaded.config.train.hang_timeout_s, check.meet):
+    with meeting.process_group(device, 4 * loaded.config.train.hang_timeout_s, check.meet):
         check.shake_hands()
         return _run(loaded, out, resume, folder, device, ())
 
@@ -46,7 +46,7 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
         config = config.model_copy(update={"method": Full(name="full")})
     try:
         device = dist.pick_device(config.train.device)
-        with dist.process_group(device):
+        with meeting.process_group(device):
             built = build(config, _weights(config, out, device, (loaded.name,)), device)
             if folder is not None:
                 mine = built.engine.weights()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from snell_dist import dist, log
+from snell_dist import dist, log, meeting
 from snell_dist.config import PACKAGE, MachineError, UserError
 from snell_dist.run_config import Run
 
@@ -77,7 +77,7 @@ class Preflight:
             self._said = (
                 f"{len(everyone)} ranks on {hosts} host{'s' * (hosts > 1)} agree on versions, code and settings"
             )
-        store.wait([f"{name} verdict"], timedelta(seconds=dist.MEET_S + 30))
+        store.wait([f"{name} verdict"], timedelta(seconds=meeting.MEET_S + 30))
         now = time.time()  # when all have just been let go, at the same moment
         found = json.loads(store.get(f"{name} verdict"))
         store.add(f"{name} heard", 1)
@@ -161,7 +161,7 @@ def code_hash() -> str:
 
 def _collect(store: Store, name: str) -> tuple[list[Notes], list[int]]:
     """The notes that come in time, and the ranks whose do not."""
-    end, found, missing = time.monotonic() + dist.MEET_S, [], []
+    end, found, missing = time.monotonic() + meeting.MEET_S, [], []
     for rank in range(dist.world_size()):
         key = f"{name} notes {rank}"
         try:
@@ -178,10 +178,8 @@ def absent(missing: list[int], there: list[Notes]) -> list[UserError]:
         return []
     hosts = ", ".join(dict.fromkeys(n.host for n in there))
     ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-    said = (
-        f"rank {ranks} did not come within {dist.MEET_S} s, {len(there)} of {dist.world_size()} are here (on {hosts})"
-    )
-    return [MachineError(f"preflight: {said}: see whether the other nodes' processes started")]
+    said = f"rank {ranks} did not come within {meeting.MEET_S} s, {len(there)} of {dist.world_size()} are here"
+    return [MachineError(f"preflight: {said} (on {hosts}): see whether the other nodes' processes started")]
 
 
 def judge(everyone: list[Notes]) -> list[UserError]:

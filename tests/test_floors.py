@@ -11,7 +11,7 @@ FLOORS = [
     ["config"],
     ["files", "network"],
     ["dist"],
-    ["heartbeat", "log"],
+    ["heartbeat", "log", "meeting"],
     ["hang", "observers"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],

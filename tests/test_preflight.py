@@ -135,7 +135,7 @@ def free_port() -> int:
 
 def test_ranks_that_cannot_meet_end_with_one_line(tmp_path: Path) -> None:
     """All at once, since each mostly waits; the two that nobody answers wait 3 s instead of five minutes."""
-    hurried = "import sys; from snell_dist import cli, dist; dist.MEET_S = 3; sys.exit(cli.main(sys.argv[1:]))"
+    hurried = "import sys; from snell_dist import cli, meeting; meeting.MEET_S = 3; sys.exit(cli.main(sys.argv[1:]))"
     train = ["train", "demo", *TINY, "--out", str(tmp_path / "runs")]
     lone = str(free_port())
     local = {"MASTER_ADDR": "127.0.0.1"}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snell_dist import dist, log, optim
+from snell_dist import dist, log, meeting, optim
 from snell_dist.adapter import write_tensors
 from snell_dist.build import Built, build
 from snell_dist.checkpoint import Checkpoints, newest
@@ -99,7 +99,7 @@ class Trace:
 def follow(plan: Plan) -> None:
     """Runs every case; rank 0 writes OUT/<case>.json and .safetensors."""
     device = dist.pick_device(plan.device)
-    with dist.process_group(device):
+    with meeting.process_group(device):
         for case in dist.broadcast_object(plan.left()):
             begin = time.perf_counter()
             try:

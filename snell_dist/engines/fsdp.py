@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from snell_dist import dist
+from snell_dist import dist, meeting
 from snell_dist.config import ConfigError, Problem
 from snell_dist.engines import Engine, EngineSection, Work, rest
 
@@ -90,7 +90,7 @@ class Fsdp(EngineSection):
     def _mesh(self, device: Any) -> DeviceMesh:
         from torch.distributed.device_mesh import init_device_mesh
 
-        dist.ensure_group(device)
+        meeting.ensure_group(device)
         world = dist.world_size()
         if self.replicas == 1:
             return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))

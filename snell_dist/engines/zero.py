@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from snell_dist import dist, heartbeat, log
+from snell_dist import dist, heartbeat, log, meeting
 from snell_dist.config import ConfigError, Problem, first_line
 from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work, rest
 from snell_dist.engines._deepspeed_keys import check_extra
@@ -79,7 +79,7 @@ class Zero(EngineSection):
             raise ConfigError(Problem("engine.name", message, self.name)) from None
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._check(work, deepspeed.__version__)
-        dist.ensure_group(work.device)
+        meeting.ensure_group(work.device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it where no launcher ran, too
         # DeepSpeed compiles with ninja, and anew (a minute) where another version of it did: that of our environment,
         # which need not be activated, goes before the system's.
@@ -87,7 +87,7 @@ class Zero(EngineSection):
             os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
         with redirect_stdout(io.StringIO()):  # it prints what it built
             deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
-        dist.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
+        meeting.at_end(deepspeed.comm.destroy_process_group)  # a later run in this process has other groups
         config = self.derived(work)
         check_extra(self.deepspeed_extra, config)
         log.info(f"DeepSpeed {deepspeed.__version__}: {json.dumps(config)}")

@@ -10,8 +10,8 @@ A run meets all kinds of faults in random order, each after a random number of s
 before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm forgets a silent one after 20 s, the
 watchdog ends a run that stands still for 10 s. All times come from the run's own train.log.
 
-launch       seconds from the fault to the start by `snell keep` that came back, empty where keep was not needed; before it
-             Slurm was at work, which notices a death, requeues and waits for nodes, or who starts a dead node again
+launch       seconds from the fault to the start by `snell keep` that came back, empty where keep was not needed;
+             before it Slurm was at work, which notices a death, requeues, waits for nodes, or whoever restarts one
 first step   seconds from the fault to the first step of the next attempt; empty where the attempt went on
 back         to the first step that had not been done before; where the attempt went on, to the end of the standstill
 again        steps that were done twice
