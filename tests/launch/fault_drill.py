@@ -7,7 +7,7 @@ torchrun   launch/torchrun.sh on both; on a node that was killed it is started a
 elastic    the same with NNODES=1:2: the second node is lost, the run goes on with one, the node comes back
 
 A run meets all kinds of faults in random order, each after a random number of steps since it was back from the one
-before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm forgets a silent one after 20 s, the
+before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm gives up a silent one after 10 s, the
 watchdog ends a run that stands still for 10 s. All times come from the run's own train.log.
 
 launch       seconds from the fault to the start by `snell keep` that came back, empty where keep was not needed;
@@ -16,7 +16,7 @@ first step   seconds from the fault to the first step of the next attempt; empty
 back         to the first step that had not been done before; where the attempt went on, to the end of the standstill
 again        steps that were done twice
 lost         an attempt that began from an older checkpoint than the newest whole one at the fault
-hung         not back within HANG_S, or ended by itself
+hung         not back within HANG_S; then, and where a run ends by itself, the rest of its faults is left out
 orphans      processes of the run on any node after its end
 equal        the adapter, with that of a run that nobody disturbed: to the bit (elastic: the loss, to ROUNDING)
 
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -48,7 +49,7 @@ from typing import Any
 
 import faults
 from nodes import Nodes
-from slurm import DEAD_S, Slurm
+from slurm import Slurm
 
 from snell_dist import keep, log, run_folder
 from snell_dist.adapter import ADAPTER, read_tensors
@@ -72,8 +73,9 @@ ENVIRONMENT = os.environ | {
 }
 NETWORK = "10.79.0"
 BETWEEN = 5, 85  # steps between being back and the next fault
-SHORT_S, LONG_S, FULL_S = 6.0, 30.0, 10.0  # two links and a disk
-AWAY_S = 3.0, DEAD_S + 10.0  # a crashed node
+DEAD_S = 10  # Slurm's, for a silent node
+SHORT_S, LONG_S, FULL_S = 6.0, 25.0, 10.0  # two links and a disk
+AWAY_S = 3.0, 20.0  # a dead node
 SETTLE_S = 2.0  # of steps after the end of a fault: the attempt has survived it
 HANG_S, START_S, FINISH_S, LEAVE_S = 180, 300, 900, 15  # time-outs
 ROUNDING = 1e-6  # relative, of losses whose sums had another order
@@ -138,7 +140,7 @@ class Lost(Exception):
     """The run ended, or stands still."""
 
 
-class Training:
+class Training(ABC):
     """A run on the nodes, from its start to its end; the run folder is on a small disk."""
 
     def __init__(self, nodes: Nodes, disk: Path, steps: int) -> None:
@@ -199,24 +201,25 @@ class Training:
         if (problem := self.ended()) is not None:
             raise Lost(problem)
 
+    @abstractmethod
     def start(self) -> None:
-        raise NotImplementedError
+        """Begins."""
 
+    @abstractmethod
     def ended(self) -> str | None:
         """How, where it will make no more steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def revive(self, node: str) -> None:
         """What a node's own start brings up again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self, node: str) -> None:
         """All of the run's processes on a node."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> None:
         """Waits for the end. Lost where it is not a good one."""
-        raise NotImplementedError
 
 
 class InSlurm(Training):
@@ -224,12 +227,12 @@ class InSlurm(Training):
         super().__init__(nodes, disk, steps)
         self._place = place
         (place / "slurm").mkdir()
-        self.slurm = Slurm(nodes, place / "slurm")
+        self.slurm = Slurm(nodes, place / "slurm", DEAD_S)
 
     def start(self) -> None:
         script = ROOT / "launch/slurm/torchrun.sbatch"
-        words = ["--nodes=2", "--gpus-per-node=1", f"--chdir={self._place}", script, *self.words]
-        self.number = self.slurm.submit(*words, env=ENVIRONMENT | {"RUN": str(self.folder)})
+        options = ["--nodes=2", "--gpus-per-node=1", f"--chdir={self._place}"]
+        self.number = self.slurm.submit(*options, script, *self.words, env=ENVIRONMENT | {"RUN": str(self.folder)})
 
     def ended(self) -> str | None:
         job = self.slurm.job(self.number)
@@ -296,7 +299,8 @@ class ByHand(Training):
             raise Lost(f"torchrun.sh ended: {statuses}")
 
 
-# What goes wrong: each returns where, once nothing is broken any more.
+# What goes wrong: each does it and, where it lasts, ends it, and returns where that was.
+Does = Callable[[Training, random.Random], str]
 
 
 def a_rank(run: Training, draw: random.Random) -> str:
@@ -336,7 +340,14 @@ def lose(run: Training, node: str) -> None:
         run.gone(node)
 
 
-def link(seconds: float) -> Callable[[Training, random.Random], str]:
+def second_node(run: Training, draw: random.Random) -> str:
+    """It comes back when the run is seen to go on without it."""
+    node = run.nodes.names[1]
+    lose(run, node)
+    return node
+
+
+def link(seconds: float) -> Does:
     def cut(run: Training, draw: random.Random) -> str:
         node = draw.choice(run.nodes.names)
         run.nodes.cut(node)
@@ -381,7 +392,7 @@ def requeued(run: Training, draw: random.Random) -> str:
 
 
 SHORT, CORRUPT, ELASTIC = f"link cut, {SHORT_S:.0f} s", "newest checkpoint corrupted, then a rank", "the second node"
-COMMON: dict[str, Callable[[Training, random.Random], str]] = {
+COMMON: dict[str, Does] = {
     "kill -9 of a rank": a_rank,
     "kill -9 of torchrun's agent": an_agent,
     "kill -9 of all on a node": processes,
@@ -391,10 +402,10 @@ COMMON: dict[str, Callable[[Training, random.Random], str]] = {
     f"disk full, {FULL_S:.0f} s": disk_full,
     CORRUPT: corrupted,
 }
-KINDS = {
+KINDS: dict[str, dict[str, Does]] = {
     "slurm": COMMON | {"SIGUSR1 to the batch shell": warned, "scontrol requeue": requeued},
     "torchrun": COMMON,
-    "elastic": {ELASTIC: a_node},
+    "elastic": {ELASTIC: second_node},
 }
 SHARES = {"slurm": 30, "torchrun": 24, "elastic": 5}  # of faults
 LENGTHS = {"slurm": 10, "torchrun": 8, "elastic": 3}  # faults a run, at most
@@ -446,7 +457,7 @@ def deal(kinds: Sequence[str], count: int, most: int, draw: random.Random) -> li
 def undisturbed(steps: int, folder: Path) -> Path:
     """The folder of a run of two ranks that nobody disturbs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [*launcher, "snell_dist", "train", "demo", *SETTINGS, f"train.steps={steps}", "--folder", folder]
+    command = [*launcher, "snell_dist", "train", "demo", *SETTINGS, f"train.steps={steps}", "--folder", str(folder)]
     subprocess.run(command, check=True, env=ENVIRONMENT, timeout=FINISH_S, capture_output=True)
     return folder
 
@@ -494,11 +505,7 @@ def hurt(run: Training, series: str, kind: str, draw: random.Random, tally: Tall
     fault = Fault(kind, "", run.shown(), max(saved[:-1] if kind == CORRUPT else saved, default=0))
     tally.faults.append(fault)
     print(f"{series} {tally.run}: {kind} after step {fault.step}", file=sys.stderr)
-    if kind == ELASTIC:
-        fault.where = run.nodes.names[1]
-        lose(run, fault.where)
-    else:
-        fault.where = KINDS[series][kind](run, draw)
+    fault.where = KINDS[series][kind](run, draw)
     mended = time.time()
     while not judge(fault, run.attempts(), at, mended):
         if time.time() > at + HANG_S:
@@ -510,17 +517,22 @@ def hurt(run: Training, series: str, kind: str, draw: random.Random, tally: Tall
     fault.launched_s = max((s for s in begun if 0 < s < (fault.first_s or 0)), default=None)
     if kind == ELASTIC:
         run.comes_to(run.shown() + draw.randint(*BETWEEN))
-        attempts, began = len(run.attempts()), time.time()
-        run.nodes.boot(fault.where)
-        run.revive(fault.where)
-        while not (new := [a for a in run.attempts()[attempts:] if a.steps]) or world_sizes(run)[-1] < 2:
-            if time.time() > began + HANG_S:
-                fault.hung = True
-                raise Lost(f"{fault.where} is back, and not in the run within {HANG_S} s")
-            run.check()
-            time.sleep(POLL_S)
-        fault.joined_s = new[-1].steps[0][0] - began
+        rejoin(run, fault)
     print(f"  {fault}", file=sys.stderr)
+
+
+def rejoin(run: Training, fault: Fault) -> None:
+    """The lost node comes back, and is in the run again. Lost where it is not."""
+    attempts, began = len(run.attempts()), time.time()
+    run.nodes.boot(fault.where)
+    run.revive(fault.where)
+    while not (new := [a for a in run.attempts()[attempts:] if a.steps]) or world_sizes(run)[-1] < 2:
+        if time.time() > began + HANG_S:
+            fault.hung = True
+            raise Lost(f"{fault.where} is back, and not in the run within {HANG_S} s")
+        run.check()
+        time.sleep(POLL_S)
+    fault.joined_s = new[-1].steps[0][0] - began
 
 
 def judge(fault: Fault, attempts: Sequence[Attempt], at: float, mended: float) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nodes import Nodes
 
 TOOLS = "slurmctld", "slurmd", "sbatch", "munged"
-DEAD_S = 20  # a node that is silent for so long is down
+DEAD_S = 20
 START_S, STATE_S, POLL_S = 30, 120, 0.1
 # cred_expire is also how long a requeued job waits, 120 s by default. Without cgroups mounted slurmd wants to be told
 # of them all the same.
@@ -62,15 +62,18 @@ ENDED = "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 class Slurm:
-    """Commands on the login node of a running Slurm; it ends when the nodes do. OSError where it does not start."""
+    """Commands on the login node of a running Slurm; it ends when the nodes do. OSError where it does not start.
 
-    def __init__(self, nodes: Nodes, folder: Path) -> None:
+    dead_s: a node that is silent for so long is down.
+    """
+
+    def __init__(self, nodes: Nodes, folder: Path, dead_s: int = DEAD_S) -> None:
         self.nodes, self.folder = nodes, folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         for name in ("state", *(f"spool-{node}" for node in nodes.names)):
             (folder / name).mkdir()
         names = ",".join(nodes.names)
-        (folder / "slurm.conf").write_text(CONF.format(login=nodes.login, folder=folder, names=names, dead_s=DEAD_S))
+        (folder / "slurm.conf").write_text(CONF.format(login=nodes.login, folder=folder, names=names, dead_s=dead_s))
         (folder / "cgroup.conf").write_text(CGROUP)
         (folder / "gres.conf").write_text(GRES.format(folder=folder))
         for n in range(GPUS):
