@@ -18,7 +18,7 @@ from nodes import Nodes
 
 TOOLS = "slurmctld", "slurmd", "sbatch", "munged"
 DEAD_S = 20
-START_S, STATE_S, POLL_S = 30, 120, 0.1
+START_S, STATE_S, POLL_S = 60, 300, 0.1
 # cred_expire is also how long a requeued job waits, 120 s by default. Without cgroups mounted slurmd wants to be told
 # of them all the same.
 CONF = """\

@@ -14,7 +14,7 @@ from nodes import SWITCH, Nodes
 from slurm import Slurm
 from ssh import Ssh
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 # Status 1 where the node of this name takes no connection within a second.
 REACH = "import socket, sys; socket.create_connection((sys.argv[1], 5000), timeout=1)"

@@ -13,7 +13,7 @@ from slurm import Slurm
 from ssh import Ssh
 from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(1200)]
 # The first process that uses DeepSpeed without a GPU compiles this, silently and for minutes where others compute.
 WARM = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)"
 ZERO = ["engine.name=zero", "engine.stage=3"]
@@ -30,7 +30,7 @@ def test_typed_on_one_of_two(nodes: Nodes, ssh: Ssh, one: Result, tmp_path: Path
     hosts, run = tmp_path / "hostfile", tmp_path / "run"
     hosts.write_text("".join(f"{name} slots=1\n" for name in nodes.names))
     env = ENVIRONMENT | {"RUN": str(run)}
-    nodes.run(nodes.names[0], [ROOT / "launch/deepspeed.sh", hosts, "demo", *SETTINGS, *ZERO], timeout_s=180, env=env)
+    nodes.run(nodes.names[0], [ROOT / "launch/deepspeed.sh", hosts, "demo", *SETTINGS, *ZERO], timeout_s=400, env=env)
     two = Result.read(run)
     assert two.world_sizes == [RANKS]
     assert two.differences(one) == []

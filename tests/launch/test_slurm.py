@@ -11,7 +11,7 @@ from conftest import ROOT
 from slurm import Slurm
 from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone, steps, world_sizes
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(900)]
 TWO = ["--nodes=2", "--gpus-per-node=1"]
 MANY = 40  # steps
 

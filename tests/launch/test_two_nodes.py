@@ -12,8 +12,8 @@ from conftest import ROOT
 from nodes import Nodes
 from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone, steps
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(300)]
-START_S = 120
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(900)]
+START_S = 300
 MANY = "train.steps=60"
 
 
