@@ -74,7 +74,8 @@ def test_ssh_and_pdsh_reach_every_node_without_a_question(nodes: Nodes, ssh: Ssh
 def test_nothing_is_left_when_the_tests_are_ended(end: signal.Signals, nodes: Nodes, tmp_path: Path) -> None:
     """Beside the cluster of this session, with the same names."""
     script = (
-        f"import sys, time; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import signal, sys, time; sys.path.insert(0, {str(HERE)!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which who starts tests may have had ignored
         "from pathlib import Path; from nodes import Nodes; from slurm import Slurm\n"
         "folder = Path(sys.argv[1]); (folder / 'slurm').mkdir()\n"
         "with Nodes(2, folder) as nodes:\n"

@@ -227,8 +227,10 @@ def test_the_first_node_is_where_they_meet(name: str, tmp_path: Path) -> None:
         assert "hostfile: gpu07 slots=1, gpu08 slots=1, cpu1 slots=1\n" in said.text
 
 
-def test_a_list_of_nodes_that_cannot_be_read_ends_the_job() -> None:
-    done = start("slurm/torchrun.sbatch", "demo", SLURM_JOB_NODELIST="a,b", SLURM_CONF="/nowhere", DRY_RUN="1")
+def test_a_list_of_nodes_that_cannot_be_read_ends_the_job(tmp_path: Path) -> None:
+    broken = tmp_path / "slurm.conf"
+    broken.write_text("Nonsense\n")
+    done = start("slurm/torchrun.sbatch", "demo", SLURM_JOB_NODELIST="a,b", SLURM_CONF=str(broken), DRY_RUN="1")
     assert done.returncode != 0
     assert not done.stdout
 
