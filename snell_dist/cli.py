@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     kept = commands.add_parser(
         "keep",
-        usage="snell keep RUN [--attempts K] [--grace SECONDS] [--pause SECONDS] -- COMMAND ...",
+        usage="snell keep RUN [--attempts K] [--grace SECONDS] [--pause SECONDS] [--silence SECONDS] -- COMMAND ...",
         help="start training again after failures, until its run is complete",
         description="Runs COMMAND, which trains in RUN, again after failures until RUN is complete. SIGUSR1 (a time"
         " limit is near) and SIGTERM have all ranks save and stop; after SIGUSR1 a Slurm job goes back to the queue.",
@@ -116,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--grace", type=float, default=120, metavar="SECONDS", help="to save and stop (default: 120)")
     kept.add_argument(
         "--pause", type=float, default=2, metavar="SECONDS", help="after a failure, doubled each (default: 2)"
+    )
+    kept.add_argument(
+        "--silence", type=float, default=180, metavar="SECONDS", help="of all ranks, to start again (default: 180)"
     )
     kept.set_defaults(command=_keep)
 
@@ -356,7 +359,7 @@ def _train(args: argparse.Namespace) -> int:
 def _keep(args: argparse.Namespace) -> int:
     from snell_dist.keep import keep
 
-    return keep(args.run, args.started, args.attempts, args.grace, args.pause)
+    return keep(args.run, args.started, args.attempts, args.grace, args.pause, args.silence)
 
 
 def _stop(args: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ from snell_dist.exits import Exit
 
 VERDICTS, LAUNCHES = ".verdicts.jsonl", ".launches.jsonl"
 ALIVE_S = 10.0  # a younger heartbeat is of a rank that lives
-POLL_S = 0.2
+POLL_S, LOOK_S = 0.2, 5.0
 END_S = 15.0  # from SIGTERM to SIGKILL
 MOST_PAUSE_S = 300.0
 
@@ -57,12 +57,16 @@ class Launch:
     why: str = ""
 
 
-def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pause_s: float) -> int:
+def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pause_s: float, silence_s: float) -> int:
     """Runs the command until the run in `folder` is complete. Returns what `exits` lists.
 
     attempts: failures in a row without a newer checkpoint; in a Slurm job those before it was put back into the queue
     count, elsewhere the same command begins to count anew.
-    grace_s: from a request to stop to the end of the ranks. UserError where there is nothing to run.
+    grace_s: from a request to stop to the end of the ranks.
+    silence_s: without a sign of life of any rank, once there were some, after which the command is ended: a launcher
+    may wait for good for a node that is gone.
+
+    UserError where there is nothing to run.
     """
     if not command:
         raise UserError("keep: no command; say snell keep RUN -- COMMAND ... --folder RUN --resume-if-any")
@@ -87,7 +91,7 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
             _say(f"{stalled} attempts in a row ended without a new checkpoint{last}; giving up, see {folder}/train.log")
             _append(folder / LAUNCHES, asdict(replace(made[-1], outcome="gave up")))  # the next one counts anew
             return Exit.GAVE_UP
-        launch = _once(folder, command, grace_s, requests)
+        launch = _once(folder, command, grace_s, silence_s, requests)
         made.append(launch)
         if launch.outcome == "complete":
             return Exit.DONE
@@ -114,7 +118,7 @@ def _leave(requests: _Requests, job: str | None) -> int:
     return Exit.INTERRUPTED
 
 
-def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Requests) -> Launch:
+def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float, requests: _Requests) -> Launch:
     """One start of the command, to its end and that of its ranks."""
     _clear(folder, grace_s)
     verdicts = folder / VERDICTS
@@ -130,20 +134,33 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
         raise UserError(f"keep: {command[0]}: cannot be started: {error.strerror}") from None
     _append(folder / LAUNCHES, asdict(launch))
     due: float | None = None  # when the command is to end, if its ranks have not ended it by then
+    known = max((beat.attempt for beat in heartbeat.read(folder)), default=0)
+    heard: float | None = None  # when a rank of this start last lived
+    looks, silent = 0.0, False
     while child.poll() is None:
         time.sleep(POLL_S)
-        if requests.received is None:
-            continue
         now = time.monotonic()
+        if requests.received is None:
+            if now < looks:
+                continue
+            looks = now + min(LOOK_S, silence_s / 4)  # of many ranks seldom
+            heard = now if _alive(folder, _name(), known) else heard
+            if heard is None or now - heard < silence_s:
+                continue
+            if not silent:
+                _say(f"no rank has given a sign of life for {silence_s:.0f} s, and the command waits: ending it")
+            silent, due = True, due or now
+            _end(child, late=now > due + END_S)
+            continue
         _ask(folder)  # again and again: ranks that are starting look later
         if due is None:
             due = now + (grace_s if _alive(folder) else 0.0)
         elif not _alive(folder):
             due = min(due, now + END_S)
-        if requests.urgent > 1 or now > due + END_S:
-            child.kill()
-        elif requests.urgent or now > due:
-            child.terminate()
+        if requests.urgent or now > due:
+            _end(child, late=requests.urgent > 1 or now > due + END_S)
+    if silent and launch.job:
+        _run_slurm("scancel", "--signal=KILL", launch.job)  # what is left of its steps; not this script
     status, why = _verdict(verdicts, offset)
     outcome: Outcome = "failed"
     if run_folder.is_complete(folder):
@@ -155,6 +172,10 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, requests: _Reque
     ended = Launch(**{**asdict(launch), "outcome": outcome, "status": child.returncode, "why": why})
     _append(folder / LAUNCHES, asdict(ended))
     return ended
+
+
+def _end(child: subprocess.Popen, late: bool) -> None:
+    child.kill() if late else child.terminate()
 
 
 def _now() -> str:
@@ -243,12 +264,15 @@ def _ask(folder: Path) -> None:
         (folder / run_folder.STOP).touch()
 
 
-def _alive(folder: Path, kept_by: str | None = None) -> bool:
-    """Whether some rank trains there, by its heartbeat; `kept_by`: of those that this one started, or nobody."""
+def _alive(folder: Path, kept_by: str | None = None, after: int = 0) -> bool:
+    """Whether some rank trains there, by its heartbeat; `kept_by`: of those that this one started, or nobody.
+
+    after: of later attempts.
+    """
     return any(
         not beat.ended and beat.age_s < ALIVE_S and beat.is_there()
         for beat in heartbeat.read(folder)
-        if kept_by is None or beat.kept_by in ("", kept_by)
+        if (kept_by is None or beat.kept_by in ("", kept_by)) and beat.attempt > after
     )
 
 
@@ -260,13 +284,18 @@ def _name() -> str:
 
 def _requeue(job: str) -> bool:
     """Puts the Slurm job back into the queue, which ends this process; False where Slurm does not."""
+    return _run_slurm("scontrol", "requeue", job)
+
+
+def _run_slurm(*words: str) -> bool:
+    """One of Slurm's commands; where it fails, that is said."""
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        _say(f"scontrol requeue {job}: {error}")
+        _say(f"{shlex.join(words)}: {error}")
         return False
     if done.returncode:
-        _say(f"scontrol requeue {job}: {done.stderr.strip()}")
+        _say(f"{shlex.join(words)}: {done.stderr.strip()}")
     return done.returncode == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -268,3 +269,23 @@ def test_only_ranks_that_it_started_itself_are_asked_to_stop(keeper: str, asked:
             assert (datetime.fromisoformat(launch).timestamp() - begin > 20) == asked
         finally:
             rank.kill()
+
+
+def test_a_command_that_outlives_its_ranks_is_ended(tmp_path: Path) -> None:
+    """A launcher that waits for a node that is gone: here a shell that sleeps on after its rank was killed."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    slow(run).parent.mkdir(exist_ok=True)
+    slow(run).touch()
+    words = shlex.join([sys.executable, *slowly(run, *STEPS)])
+    waits = [
+        "sh",
+        "-c",
+        f"test -e {tmp_path}/waited || {{ {words}; touch {tmp_path}/waited; sleep 600; }}; exec {words}",
+    ]
+    with started(log, keeps(run, [*waits, "--resume-if-any"], "--silence", "4")) as kept:
+        saves_again(run)
+        os.kill(pid_of(run, 0), signal.SIGKILL)
+        slow(run).unlink()
+        assert kept.wait(timeout=240) == 0, log.read_text()
+    assert "no rank has given a sign of life for 4 s" in log.read_text()
+    assert [each.outcome for each in launches(run)] == ["failed", "complete"]
