@@ -159,8 +159,6 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float
             due = min(due, now + END_S)
         if requests.urgent or now > due:
             _end(child, late=requests.urgent > 1 or now > due + END_S)
-    if silent and launch.job:
-        _run_slurm("scancel", "--signal=KILL", launch.job)  # what is left of its steps; not this script
     status, why = _verdict(verdicts, offset)
     outcome: Outcome = "failed"
     if run_folder.is_complete(folder):
@@ -284,18 +282,13 @@ def _name() -> str:
 
 def _requeue(job: str) -> bool:
     """Puts the Slurm job back into the queue, which ends this process; False where Slurm does not."""
-    return _run_slurm("scontrol", "requeue", job)
-
-
-def _run_slurm(*words: str) -> bool:
-    """One of Slurm's commands; where it fails, that is said."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        _say(f"{shlex.join(words)}: {error}")
+        _say(f"scontrol requeue {job}: {error}")
         return False
     if done.returncode:
-        _say(f"{shlex.join(words)}: {done.stderr.strip()}")
+        _say(f"scontrol requeue {job}: {done.stderr.strip()}")
     return done.returncode == 0
 
 
