@@ -37,6 +37,7 @@ from snell_dist.exits import Exit
 VERDICTS, LAUNCHES = ".verdicts.jsonl", ".launches.jsonl"
 ALIVE_S = 10.0  # a younger heartbeat is of a rank that lives
 POLL_S, LOOK_S = 0.2, 5.0
+SILENT = "all ranks were gone, and the command waited on"
 END_S = 15.0  # from SIGTERM to SIGKILL
 MOST_PAUSE_S = 300.0
 
@@ -102,7 +103,8 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
             return _leave(requests, job)
         stalled = stalls(made, run_folder.saved_at(folder))
         said = f"the command ended with {launch.status}{f' ({launch.why})' if launch.why else ''}"
-        if 2 <= stalled < attempts and job and _requeue(job):
+        # Where a node lost all its processes Slurm may take it for busy with them, and starts nothing else there.
+        if (stalled >= 2 or launch.why == SILENT) and stalled < attempts and job and _requeue(job):
             _say(f"{said}, {stalled} times in a row without a new checkpoint: back to the queue, for other nodes")
             return Exit.MACHINE
         if stalled < attempts:
@@ -160,6 +162,7 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float
         if requests.urgent or now > due:
             _end(child, late=requests.urgent > 1 or now > due + END_S)
     status, why = _verdict(verdicts, offset)
+    why = SILENT if silent else why
     outcome: Outcome = "failed"
     if run_folder.is_complete(folder):
         outcome = "complete"
