@@ -6,9 +6,9 @@ slurm      sbatch --nodes=2 launch/slurm/torchrun.sbatch, under a real Slurm
 torchrun   launch/torchrun.sh on both; on a node that was killed it is started again some seconds after, as by systemd
 elastic    the same with NNODES=1:2: the second node is lost, the run goes on with one, the node comes back
 
-A run meets all kinds of faults in random order, each after a random number of steps since it was back from the one
-before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm gives up a silent one after 10 s, the
-watchdog ends a run that stands still for 10 s. All times come from the run's own train.log.
+A run meets all kinds of faults in random order, on either node in turn, each after a random number of steps since it
+was back from the one before, then finishes undisturbed. Nodes are network namespaces (nodes.py), Slurm gives up a
+silent one after 10 s, the watchdog ends a run that stands still for 10 s. All times come from the run's train.log.
 
 launch       seconds from the fault to the start by `snell keep` that came back, empty where keep was not needed;
              before it Slurm was at work, which notices a death, requeues, waits for nodes, or whoever restarts one
@@ -299,24 +299,22 @@ class ByHand(Training):
             raise Lost(f"torchrun.sh ended: {statuses}")
 
 
-# What goes wrong: each does it and, where it lasts, ends it, and returns where that was.
-Does = Callable[[Training, random.Random], str]
+# What goes wrong, on this node where it has a place: each does it and, where it lasts, ends it, and returns where.
+Does = Callable[[Training, str, random.Random], str]
 
 
-def a_rank(run: Training, draw: random.Random) -> str:
-    victim = draw.choice(faults.ranks(run.nodes))
+def a_rank(run: Training, node: str, draw: random.Random) -> str:
+    victim = next(rank for rank in faults.ranks(run.nodes) if rank.node == node)
     victim.kill()
-    return f"rank {victim.rank} on {victim.node}"
+    return f"rank {victim.rank} on {node}"
 
 
-def an_agent(run: Training, draw: random.Random) -> str:
-    victim = draw.choice(faults.agents(run.nodes))
-    victim.kill()
-    return victim.node
+def an_agent(run: Training, node: str, draw: random.Random) -> str:
+    faults.kill_agent(run.nodes, node)
+    return node
 
 
-def processes(run: Training, draw: random.Random) -> str:
-    node = draw.choice(run.nodes.names)
+def processes(run: Training, node: str, draw: random.Random) -> str:
     run.kill(node)
     if isinstance(run, ByHand):
         time.sleep(draw.uniform(*AWAY_S))
@@ -324,8 +322,7 @@ def processes(run: Training, draw: random.Random) -> str:
     return node
 
 
-def a_node(run: Training, draw: random.Random) -> str:
-    node = draw.choice(run.nodes.names)
+def a_node(run: Training, node: str, draw: random.Random) -> str:
     lose(run, node)
     away_s = draw.uniform(*AWAY_S)
     time.sleep(away_s)
@@ -340,16 +337,15 @@ def lose(run: Training, node: str) -> None:
         run.gone(node)
 
 
-def second_node(run: Training, draw: random.Random) -> str:
-    """It comes back when the run is seen to go on without it."""
-    node = run.nodes.names[1]
-    lose(run, node)
-    return node
+def second_node(run: Training, node: str, draw: random.Random) -> str:
+    """It comes back when the run is seen to go on without it; the rendezvous is on the first."""
+    second = run.nodes.names[1]
+    lose(run, second)
+    return second
 
 
 def link(seconds: float) -> Does:
-    def cut(run: Training, draw: random.Random) -> str:
-        node = draw.choice(run.nodes.names)
+    def cut(run: Training, node: str, draw: random.Random) -> str:
         run.nodes.cut(node)
         time.sleep(seconds)
         run.nodes.mend(node)
@@ -358,34 +354,33 @@ def link(seconds: float) -> Does:
     return cut
 
 
-def disk_full(run: Training, draw: random.Random) -> str:
+def disk_full(run: Training, node: str, draw: random.Random) -> str:
     filler = faults.fill(run.seen.parent)
     time.sleep(FULL_S)
     filler.unlink()
     return "the run folder's"
 
 
-def corrupted(run: Training, draw: random.Random) -> str:
+def corrupted(run: Training, node: str, draw: random.Random) -> str:
     """Nobody saves between the change and the death by which the change is met."""
     ranks = faults.ranks(run.nodes)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGSTOP)
     file = faults.corrupt(run.seen)
-    victim = draw.choice(ranks)
-    victim.kill()
+    died = a_rank(run, node, draw)
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.kill(rank.pid, signal.SIGCONT)
-    return f"{file.parent.name if file else 'none'}, then rank {victim.rank} on {victim.node}"
+    return f"{file.parent.name if file else 'none'}, then {died}"
 
 
-def warned(run: Training, draw: random.Random) -> str:
+def warned(run: Training, node: str, draw: random.Random) -> str:
     assert isinstance(run, InSlurm)
     faults.warn(run.slurm, run.number)
     return "the batch shell"
 
 
-def requeued(run: Training, draw: random.Random) -> str:
+def requeued(run: Training, node: str, draw: random.Random) -> str:
     assert isinstance(run, InSlurm)
     faults.requeue(run.slurm, run.number)
     return "the job"
@@ -444,11 +439,16 @@ def main() -> int:
     return 0 if all(map(sound, rows)) else 1
 
 
-def deal(kinds: Sequence[str], count: int, most: int, draw: random.Random) -> list[list[str]]:
-    """So many faults for runs of about the same length; kinds come round before one of them comes again."""
-    dealt: list[str] = []
+def deal(kinds: Sequence[str], count: int, most: int, draw: random.Random) -> list[list[tuple[str, int]]]:
+    """So many faults, each with the number of its node, for runs of about the same length.
+
+    Kinds come round before one of them comes again, and then it is the other node's turn.
+    """
+    first = {kind: draw.randrange(2) for kind in kinds}
+    dealt: list[tuple[str, int]] = []
     while len(dealt) < count:
-        dealt += draw.sample(kinds, len(kinds))
+        turn = len(dealt) // len(kinds)
+        dealt += [(kind, (first[kind] + turn) % 2) for kind in draw.sample(kinds, len(kinds))]
     runs = math.ceil(count / most)
     cuts = [round(count * n / runs) for n in range(runs + 1)]
     return [dealt[begin:end] for begin, end in pairwise(cuts)]
@@ -463,7 +463,13 @@ def undisturbed(steps: int, folder: Path) -> Path:
 
 
 def drill(
-    series: str, number: int, kinds: Sequence[str], steps: int, draw: random.Random, place: Path, whole: Path
+    series: str,
+    number: int,
+    kinds: Sequence[tuple[str, int]],
+    steps: int,
+    draw: random.Random,
+    place: Path,
+    whole: Path,
 ) -> Tally:
     """Does these faults to a run, then lets it finish. `whole`: the run that nobody disturbed."""
     tally = Tally(series, number)
@@ -471,10 +477,10 @@ def drill(
         try:
             run.start()
             run.comes_to(1)
-            for kind in kinds:
+            for kind, node in kinds:
                 run.comes_to(run.shown() + draw.randint(*BETWEEN))
                 time.sleep(draw.uniform(0, POLL_S))
-                hurt(run, series, kind, draw, tally)
+                hurt(run, series, kind, run.nodes.names[node], draw, tally)
             run.finish()
         except Lost as error:
             tally.failed = str(error)
@@ -483,7 +489,7 @@ def drill(
         if not sound(asdict(tally)):
             kept = Path(tempfile.mkdtemp(prefix=f"fault_drill_{series}_"))
             shutil.copytree(run.seen, kept / "run", ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
-            shutil.copytree(place, kept / "place", ignore=shutil.ignore_patterns("disk", "munge*", "gpu*"))
+            shutil.copytree(place, kept / "place", ignore=shutil.ignore_patterns("disk", "munge*", "gpu*", "spool*"))
             print(f"{series} {number}: what it left is in {kept}", file=sys.stderr)
     return tally
 
@@ -498,14 +504,14 @@ def cluster(series: str, place: Path, steps: int) -> Iterator[Training]:
             yield ByHand(nodes, place / "disk", steps, place, "1:2" if series == "elastic" else "2")
 
 
-def hurt(run: Training, series: str, kind: str, draw: random.Random, tally: Tally) -> None:
+def hurt(run: Training, series: str, kind: str, node: str, draw: random.Random, tally: Tally) -> None:
     """One fault, until the run is back. Lost where it does not come back."""
     saved = run.saved()
     at = time.time()
     fault = Fault(kind, "", run.shown(), max(saved[:-1] if kind == CORRUPT else saved, default=0))
     tally.faults.append(fault)
     print(f"{series} {tally.run}: {kind} after step {fault.step}", file=sys.stderr)
-    fault.where = KINDS[series][kind](run, draw)
+    fault.where = KINDS[series][kind](run, node, draw)
     mended = time.time()
     while not judge(fault, run.attempts(), at, mended):
         if time.time() > at + HANG_S:
