@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from snell_dist import dist, run_folder
+from snell_dist import dist
 from snell_dist.config import CONFIGS, ConfigError, UserError, trouble
 from snell_dist.exits import Exit
 
@@ -330,7 +330,7 @@ def _train(args: argparse.Namespace) -> int:
     from snell_dist.run_config import Run
 
     loaded = load(args.config, args.overrides, Run)
-    from snell_dist import log  # after the check: what follows imports torch
+    from snell_dist import log, run_folder  # after the check: what follows imports torch
     from snell_dist.job import run
 
     log.set_up()

@@ -114,7 +114,7 @@ def report(folder: Path) -> list[str]:
     beats = read(folder)
     if not beats:
         raise UserError(f"doctor hang: {folder}: no rank has left a heartbeat there")
-    lives = [b for b in beats if not b.ended and b.age_s < SILENT_S and b.is_there()]
+    lives = [b for b in beats if b.lives(SILENT_S)]
     if lives and max(b.phase_s for b in lives) < SILENT_S and len(lives) == len(beats):
         step = max(b.step for b in lives)
         return [f"nothing hangs: {len(lives)} ranks at step {step} of {lives[0].steps}"]

@@ -69,6 +69,10 @@ class Beat:
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
+    def lives(self, within_s: float) -> bool:
+        """Whether the rank has neither ended nor been silent for so long, and its process is not known to be gone."""
+        return not self.ended and self.age_s < within_s and self.is_there()
+
     def is_there(self) -> bool:
         """Whether the process is, where that can be seen; of another machine or container its heartbeat is all."""
         if not self.pid_space or self.pid_space != pid_space():

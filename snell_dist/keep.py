@@ -4,6 +4,7 @@
     the run is complete                           done (0)
     bad input, said by a rank                     the end (2): another attempt would end the same way
     a rank, a node, a disk or the network failed  again; in a Slurm job the second time from the queue, on other nodes
+    all ranks are gone, and the command waits on  it is ended, and again; in a Slurm job from the queue
     K failures in a row without a new checkpoint  the end (76)
     asked to stop, and saved                      the end (75); after SIGUSR1 in a Slurm job back to the queue
 
@@ -105,7 +106,8 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
         said = f"the command ended with {launch.status}{f' ({launch.why})' if launch.why else ''}"
         # Where a node lost all its processes Slurm may take it for busy with them, and starts nothing else there.
         if (stalled >= 2 or launch.why == SILENT) and stalled < attempts and job and _requeue(job):
-            _say(f"{said}, {stalled} times in a row without a new checkpoint: back to the queue, for other nodes")
+            often = f", {stalled} times in a row without a new checkpoint" if stalled >= 2 else ""
+            _say(f"{said}{often}: back to the queue, for other nodes")
             return Exit.MACHINE
         if stalled < attempts:
             pause = min(pause_s * 2 ** max(0, stalled - 1), MOST_PAUSE_S)
@@ -170,7 +172,7 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float
         outcome = "bad input"
     elif status == Exit.INTERRUPTED and (folder / run_folder.STOP).exists():
         outcome = "interrupted"  # else a launcher died, which its ranks hear as SIGTERM
-    ended = Launch(**{**asdict(launch), "outcome": outcome, "status": child.returncode, "why": why})
+    ended = replace(launch, outcome=outcome, status=child.returncode, why=why)
     _append(folder / LAUNCHES, asdict(ended))
     return ended
 
@@ -271,7 +273,7 @@ def _alive(folder: Path, kept_by: str | None = None, after: int = 0) -> bool:
     after: of later attempts.
     """
     return any(
-        not beat.ended and beat.age_s < ALIVE_S and beat.is_there()
+        beat.lives(ALIVE_S)
         for beat in heartbeat.read(folder)
         if (kept_by is None or beat.kept_by in ("", kept_by)) and beat.attempt > after
     )

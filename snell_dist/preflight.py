@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import torch
 from snell_dist import dist, log, meeting
 from snell_dist.config import PACKAGE, MachineError, UserError
 from snell_dist.run_config import Run
+from snell_dist.run_folder import installed
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -41,7 +41,6 @@ class Notes:
 
     rank: int
     host: str
-    local_rank: int
     gpu: str  # its unique name; "" on the CPU
     gpus: int  # that the process sees
     python: str
@@ -131,24 +130,16 @@ def notes(config: Run, place: Path, device: torch.device) -> Notes:
     return Notes(
         rank=dist.rank(),
         host=dist.host(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         gpu=str(torch.cuda.get_device_properties(device).uuid) if cuda else "",
         gpus=torch.cuda.device_count() if cuda else 0,
         python=".".join(map(str, sys.version_info[:3])),
-        versions={name: found for name in PACKAGES if (found := _version(name))},
+        versions={name: found for name in PACKAGES if (found := installed(name))},
         code=code_hash(),
         config=hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True, default=str).encode()).hexdigest(),
         disk=str(there),
         disk_free=shutil.disk_usage(there).free,
         shm_free=shutil.disk_usage(shm).free if reads and shm.is_dir() else None,
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def code_hash() -> str:

@@ -39,9 +39,8 @@ FREE = (
 PACKAGES = ("snell_dist", "torch", "timm", "torchmetrics", "numpy", "safetensors", "pydantic")
 
 
-Resume = (
-    bool | Literal["if any"]
-)  # "if any": continue what has begun, else begin it, for whoever starts again and again
+# "if any": continue what has begun, else begin it, for whoever starts again and again.
+Resume = bool | Literal["if any"]
 
 
 def choose(out: Path, name: str, config: Section, resume: Resume, folder: Path | None) -> Path | None:
@@ -206,7 +205,7 @@ def record_attempt(folder: Path, config: Section, about: Mapping[str, Any]) -> i
             "changed": {key: said.get(key) for key in _changes(folder, config)},
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: installed(name) for name in PACKAGES},
             "git": _git_commit(),
         }
     )
@@ -222,7 +221,8 @@ def _flat(tree: Any, key: str = "") -> dict[str, str]:
     }
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -22,7 +22,7 @@ BEGINS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[rank \d+\] ")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the run. `steps`: how far its lines in metrics.jsonl came, where they are still there."""
+    """One start of the run."""
 
     number: int
     started: str
@@ -61,7 +61,7 @@ def look(folder: Path) -> Status:
     records = _records(folder / "metrics.jsonl")
     last = records[-1] if records else {}
     complete = run_folder.is_complete(folder)
-    fresh = [b for b in beats if not b.ended and b.age_s < STALE_S and b.is_there()]
+    fresh = [b for b in beats if b.lives(STALE_S)]
     steps = max((b.steps for b in beats), default=0)
     step = max([b.step for b in fresh] or [int(last.get("step", -1)) + 1])
     rate = _rate(records)

@@ -24,7 +24,6 @@ from snell_dist.run_config import Run
 ONE = Notes(
     rank=0,
     host="node1",
-    local_rank=0,
     gpu="GPU-a",
     gpus=2,
     python="3.11.7",
@@ -35,7 +34,7 @@ ONE = Notes(
     disk_free=900 * MIB,
     shm_free=None,
 )
-ALL = [ONE, replace(ONE, rank=1, local_rank=1, gpu="GPU-b"), replace(ONE, rank=2, host="node2", gpu="GPU-c")]
+ALL = [ONE, replace(ONE, rank=1, gpu="GPU-b"), replace(ONE, rank=2, host="node2", gpu="GPU-c")]
 
 
 def test_ranks_that_agree_have_no_problem() -> None:
