@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo benchmark test lint constraints clean
 
 demo: $(INSTALLED)
-	$(BIN)/python profiling/compare.py
+	$(BIN)/python profiling/demo.py
 
 benchmark: $(INSTALLED)
 	$(BIN)/python profiling/mini_benchmark.py

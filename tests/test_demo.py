@@ -21,7 +21,7 @@ def test_methods_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:
         config["method"] |= {"rank": 4} if name == "demo/lora" else {}
         (tmp_path / f"{Path(name).name}.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, ROOT / "profiling/compare.py", "lora.yaml", "linear.yaml"],
+        [sys.executable, ROOT / "profiling/demo.py", "lora.yaml", "linear.yaml"],
         env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_methods_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:
 
 def test_a_configuration_that_fails_ends_the_comparison_with_its_message(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "profiling/compare.py", "dmeo"],
+        [sys.executable, ROOT / "profiling/demo.py", "dmeo"],
         env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -1,9 +1,9 @@
 """Trains several configurations one after the other and compares them: a table and a picture.
 
-    python profiling/compare.py [CONFIG ...] [--out runs]      (default: the demo and its three rivals)
+    python profiling/demo.py [CONFIG ...] [--out runs]      (default: the demo and its three rivals)
 
 Each configuration runs in a process of its own, so that no figure contains another's memory or warm-up.
-Writes comparison.json, comparison.md and comparison.png into a new folder under OUT/compare.
+Writes comparison.json, comparison.md and comparison.png into a new folder under OUT/demo.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
         if folder is None:
             return 2
         results.append({"config": config, "folder": str(folder), **json.loads((folder / "summary.json").read_text())})
-    target = new_folder(args.out / "compare")
+    target = new_folder(args.out / "demo")
     report = {"environment": environment(), "seconds": time.perf_counter() - begin, "results": results}
     (target / "comparison.json").write_text(json.dumps(report, indent=2))
     (target / "comparison.md").write_text(markdown(report))
