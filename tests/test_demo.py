@@ -25,7 +25,7 @@ def test_methods_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:
         env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/compare/001"
+    folder = tmp_path / "runs/demo/001"
     report = json.loads((folder / "comparison.json").read_text())
     assert [r["method"] for r in report["results"]] == ["lora", "linear"]
     for r in report["results"]:

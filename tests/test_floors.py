@@ -15,14 +15,15 @@ FLOORS = [
     ["hang", "observers"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
-    ["inventory"],
-    ["backbones", "data", "ema", "engines", "start", "memory", "methods", "optim", "precision", "protocol", "remat"],
+    ["footprint", "inventory"],
+    ["backbones", "data", "ema", "engines", "start", "methods", "optim", "precision", "protocol", "remat"],
     ["adapter", "checkpoint", "feed", "run_folder"],
     ["checkpoint_tools", "data_tools", "evaluate", "keep"],
     ["mistakes"],
     ["tasks"],
     ["run_config"],
     ["build", "preflight"],
+    ["memory"],
     ["audit", "describe"],
     ["results", "selection"],
     ["train"],
@@ -32,7 +33,7 @@ FLOORS = [
     ["__main__"],
 ]
 # folders whose files are parts of one thing
-WHOLES = "benchmarks", "data_tools", "doctor", "launch", "ops", "report", "weights"
+WHOLES = "benchmarks", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

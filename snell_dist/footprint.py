@@ -71,7 +71,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Footprint:
     """One step of one process. `moments`: in the order of time; `owners`: at the peak, the largest first."""
 
     moments: list[Moment]
@@ -114,7 +114,7 @@ class Profile:
         }
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Profile:
+    def from_json(cls, said: Mapping[str, Any]) -> Footprint:
         return cls(
             moments=[
                 Moment(Phase(m["phase"]), m["block"], m["module"], _categories(m["bytes"])) for m in said["moments"]
