@@ -1,0 +1,143 @@
+"""The arithmetic that engines share when they say what a rank holds and sends.
+
+A rank's time line is that of one process with all of the model: activations and temporaries stay as they are, and what
+the engine divides, gathers or sends is put in place of what that process had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from snell_dist.engines import Job, Share
+from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Moment, Owner, Phase, Weight, add
+
+BACKWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A moment with what an engine has to know of its place in the step. Units are blocks, and OUTSIDE for the rest."""
+
+    moment: Moment
+    unit: str
+    entered: tuple[str, ...]  # units of this pass (forward or backward) up to here, this one included, in order
+    last: bool  # no forward comes after it: the gradients of this pass are reduced
+    gradients: int  # of the whole model at the visit before, in the same pass
+
+
+def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
+    blocks, passing, entered, before = set(job.blocks), None, (), 0
+    final = max((i for i, m in enumerate(whole.moments) if m.phase == Phase.FORWARD), default=-1)
+    for i, moment in enumerate(whole.moments):
+        kind = "backward" if moment.phase in BACKWARD else moment.phase.value
+        if kind != passing:
+            passing, entered, before = kind, (), 0
+        unit = moment.block if moment.block in blocks else OUTSIDE
+        if unit not in entered:
+            entered = (*entered, unit)
+        yield Visit(moment, unit, entered, i > final, before)
+        before = moment.bytes.get(Category.GRADIENTS, 0)
+
+
+def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:
+    """The footprint whose moments have the bytes that `change` puts in place of the whole's, by category."""
+    moments = [
+        replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)
+    ]
+    return with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
+
+
+def with_owners(footprint: Footprint) -> Footprint:
+    """Owners are the whole's at its own peak: each category's are scaled to what this footprint's peak has of it."""
+    before: dict[Category, int] = {}
+    for owner in footprint.owners:
+        before = add(before, {owner.category: owner.bytes})
+    peak, owners = footprint.peak, []
+    for owner in footprint.owners:
+        size = owner.bytes * peak.bytes.get(owner.category, 0) // before[owner.category]
+        if size:
+            owners.append(replace(owner, bytes=size))
+    fresh = [Owner(peak.module, peak.block, c, size) for c, size in peak.bytes.items() if c not in before and size]
+    return replace(footprint, owners=sorted([*owners, *fresh], key=lambda owner: -owner.bytes))
+
+
+def _changed(had: Bytes, changed: Bytes) -> dict[Category, int]:
+    return {c: size for c in Category if (size := changed.get(c, had.get(c, 0)))}
+
+
+def ended_backward(whole: Footprint) -> Footprint:
+    """With a moment after backward, where some engines reduce: the whole gradient, no activations, no temporaries."""
+    at = next((i for i, m in enumerate(whole.moments) if m.phase == Phase.STEP), None)
+    if at is None:
+        return whole
+    step = whole.moments[at]
+    gone = (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)
+    end = Moment(Phase.BACKWARD, OUTSIDE, OUTSIDE, {c: size for c, size in step.bytes.items() if c not in gone})
+    return replace(whole, moments=[*whole.moments[:at], end, *whole.moments[at:]])
+
+
+def is_end(visit: Visit) -> bool:
+    """Whether it is the moment of `ended_backward`."""
+    moment = visit.moment
+    return moment.phase == Phase.BACKWARD and visit.last and Category.ACTIVATIONS not in moment.bytes
+
+
+def states(whole: Footprint, trains: int, mine: int) -> int:
+    """Optimizer state of a rank that steps `mine` of `trains` bytes: whole copies (moments) shrink, counts do not."""
+    copies, counts = divmod(whole.held.get(Category.OPTIMIZER, 0), trains) if trains else (0, 0)
+    return copies * mine + counts
+
+
+def step_temporaries(visit: Visit, job: Job, whole: Sequence[int], mine: Sequence[int]) -> int:
+    """Temporaries of the step of `mine`, bytes of each tensor, where the whole model's tensors are `whole`.
+
+    On CUDA the optimizer takes all tensors of a step at once, elsewhere one after another: there the last one's
+    denominator still lives while two temporaries of the next are made.
+    """
+
+    def together(sizes: Sequence[int]) -> int:
+        if job.device_type == "cuda":
+            return sum(sizes)
+        return max((2 * size + before for before, size in zip([0, *sizes], sizes)), default=0)
+
+    had = visit.moment.bytes.get(Category.TEMPORARY, 0)
+    return had * together(mine) // together(whole) if any(whole) else had
+
+
+@dataclass
+class Wire:
+    """What one rank sends in a step when every collective is a ring."""
+
+    job: Job
+    sent: int = 0
+    between_nodes: int = 0
+    messages: int = 0
+
+    def all_reduce(self, size: int, among: int, apart: int = 1, times: int = 1) -> None:
+        """Of `size` bytes, among so many ranks, neighbours in the ring being `apart` ranks from one another."""
+        self._send(2 * size, among, apart, times)
+
+    def gather(self, size: int, among: int, apart: int = 1, times: int = 1) -> None:
+        """Or scatters while it reduces. size: of the whole, of which each rank has an equal part."""
+        self._send(size, among, apart, times)
+
+    def share(self, footprint: Footprint, host_bytes: int = 0) -> Share:
+        return Share(footprint, self.sent, self.between_nodes, host_bytes, self.messages)
+
+    def _send(self, size: int, among: int, apart: int, times: int) -> None:
+        if among == 1 or not size:
+            return
+        sent, per_node = times * size * (among - 1) // among, self.job.per_node
+        self.sent += sent
+        self.messages += times
+        inside = self.job.ranks <= per_node or (apart == 1 and per_node % among == 0)
+        self.between_nodes += 0 if inside else sent
+
+
+def units(job: Job) -> dict[str, list[Weight]]:
+    """The weights of each unit, in the order of forward; those in no block under OUTSIDE."""
+    found: dict[str, list[Weight]] = {name: [] for name in (*job.blocks, OUTSIDE)}
+    for weight in job.weights:
+        found[weight.block if weight.block in found else OUTSIDE].append(weight)
+    return found
