@@ -6,13 +6,14 @@ the engine divides, gathers or sends is put in place of what that process had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from snell_dist.engines import Job, Share
 from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Moment, Owner, Phase, Weight, add
 
 BACKWARD = (Phase.BACKWARD, Phase.RECOMPUTE)
+REDUCES = "(the engine)"  # which is at work after the last backward
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,12 @@ def ended_backward(whole: Footprint) -> Footprint:
         return whole
     step = whole.moments[at]
     gone = (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)
-    end = Moment(Phase.BACKWARD, OUTSIDE, OUTSIDE, {c: size for c, size in step.bytes.items() if c not in gone})
+    end = Moment(Phase.BACKWARD, OUTSIDE, REDUCES, {c: size for c, size in step.bytes.items() if c not in gone})
     return replace(whole, moments=[*whole.moments[:at], end, *whole.moments[at:]])
 
 
-def is_end(visit: Visit) -> bool:
-    """Whether it is the moment of `ended_backward`."""
-    moment = visit.moment
-    return moment.phase == Phase.BACKWARD and visit.last and Category.ACTIVATIONS not in moment.bytes
+def at_the_end(visit: Visit) -> bool:
+    return visit.moment.module == REDUCES
 
 
 def states(whole: Footprint, trains: int, mine: int) -> int:
@@ -89,8 +88,16 @@ def states(whole: Footprint, trains: int, mine: int) -> int:
     return copies * mine + counts
 
 
+def by_group(trained: Iterable[Weight]) -> list[list[Weight]]:
+    """As the optimizer has them, matrices first; but for tokens and positions, which it has with the vectors."""
+    groups: tuple[list[Weight], list[Weight]] = [], []
+    for weight in trained:
+        groups[len(weight.shape) < 2].append(weight)
+    return [group for group in groups if group]
+
+
 def step_temporaries(visit: Visit, job: Job, whole: Sequence[int], mine: Sequence[int]) -> int:
-    """Temporaries of the step of `mine`, bytes of each tensor, where the whole model's tensors are `whole`.
+    """Temporaries of the step of tensors of `mine` bytes, where the whole model's are `whole`; as the optimizer goes.
 
     On CUDA the optimizer takes all tensors of a step at once, elsewhere one after another: there the last one's
     denominator still lives while two temporaries of the next are made.

@@ -19,7 +19,7 @@ from pydantic import Field
 from snell_dist import dist, meeting
 from snell_dist.config import ConfigError, Problem
 from snell_dist.engines import Engine, EngineSection, Job, Share, Work, rest
-from snell_dist.engines._shares import BACKWARD, Visit, Wire, along, states, step_temporaries, units
+from snell_dist.engines._shares import BACKWARD, Visit, Wire, along, by_group, states, step_temporaries, units
 from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Phase, Weight, total
 
 if TYPE_CHECKING:
@@ -111,26 +111,25 @@ class Fsdp(EngineSection):
         parts = {name: _Unit.of([w for w in own if self._shards(w)], ranks) for name, own in units(job).items()}
         local = sum(unit.local for unit in parts.values())
         sharded = [w for w in job.weights if self._shards(w)]
-        loose = [w for w in job.weights if w.trains and not self._shards(w)]
-        steps = [_rows(w, ranks) * _row_bytes(w) for w in sharded if w.trains] + [w.bytes for w in loose]
+        trained = [w for group in by_group(w for w in job.weights if w.trains) for w in group]
+        loose = [w for w in trained if not self._shards(w)]
+        steps = [_padded(w, ranks) // ranks if self._shards(w) else w.bytes for w in trained]
         away = self.frozen == "offload" and job.device_type != "cpu"  # else the device is the host
         held = {
             Category.FROZEN: self._left(whole, Category.FROZEN, [w for w in sharded if not w.trains], ranks, away),
             Category.TRAINABLE: self._left(whole, Category.TRAINABLE, [w for w in sharded if w.trains], ranks, away),
-            Category.OPTIMIZER: states(whole, total(job.weights, trains=True), sum(steps)),
+            Category.OPTIMIZER: states(whole, total(trained), sum(steps)),
         }
         stepped = held[Category.OPTIMIZER]
         if away:
             held[Category.OPTIMIZER] = 0
-        whole_steps = [w.bytes for w in job.weights if w.trains]
-
         def change(visit: Visit) -> Bytes:
             moment, gradients = visit.moment, visit.moment.bytes.get(Category.GRADIENTS, 0)
             if moment.phase == Phase.STEP:
                 mine = total(loose) + (0 if away else sum(unit.gradients for unit in parts.values()))
                 return held | {
                     Category.GRADIENTS: mine,
-                    Category.TEMPORARY: 0 if away else step_temporaries(visit, job, whole_steps, steps),
+                    Category.TEMPORARY: 0 if away else step_temporaries(visit, job, [w.bytes for w in trained], steps),
                 }
             reduced = self._reduced(visit)
             done = sum(parts[name].trains for name in reduced)
@@ -217,14 +216,6 @@ class _Unit:
         return self.padded if self.ranks > 1 else 0
 
 
-def _rows(weight: Weight, ranks: int) -> int:
-    """Of the first rank."""
-    return -(-weight.shape[0] // ranks)
-
-
-def _row_bytes(weight: Weight) -> int:
-    return weight.bytes // weight.shape[0]
-
-
 def _padded(weight: Weight, ranks: int) -> int:
-    return ranks * _rows(weight, ranks) * _row_bytes(weight)
+    rows = weight.shape[0]
+    return -(-rows // ranks) * ranks * (weight.bytes // rows)
