@@ -23,22 +23,30 @@ class Visit:
     moment: Moment
     unit: str
     entered: tuple[str, ...]  # units of this pass (forward or backward) up to here, this one included, in order
+    first: bool  # no backward came before this pass: the gradients are of this micro-batch alone
     last: bool  # no forward comes after it: the gradients of this pass are reduced
-    gradients: int  # of the whole model at the visit before, in the same pass
+    before: Bytes  # at the visit before, in the same pass
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the whole model's, at this visit."""
+        return self.moment.bytes.get(Category.GRADIENTS, 0)
 
 
 def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
-    blocks, passing, entered, before = set(job.blocks), None, (), 0
+    blocks, kind, entered, passes = set(job.blocks), "", (), 0
+    before: Bytes = {}
     final = max((i for i, m in enumerate(whole.moments) if m.phase == Phase.FORWARD), default=-1)
     for i, moment in enumerate(whole.moments):
-        kind = "backward" if moment.phase in BACKWARD else moment.phase.value
-        if kind != passing:
-            passing, entered, before = kind, (), 0
+        now = "backward" if moment.phase in BACKWARD else moment.phase.value
+        if now != kind:
+            kind, entered, before = now, (), {}
+            passes += now == "backward"
         unit = moment.block if moment.block in blocks else OUTSIDE
         if unit not in entered:
             entered = (*entered, unit)
-        yield Visit(moment, unit, entered, i > final, before)
-        before = moment.bytes.get(Category.GRADIENTS, 0)
+        yield Visit(moment, unit, entered, passes <= 1, i > final, before)
+        before = moment.bytes
 
 
 def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:
@@ -47,6 +55,11 @@ def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: By
         replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)
     ]
     return with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
+
+
+def higher(visit: Visit, one: Bytes, other: Bytes) -> Bytes:
+    """Of two changes of a moment the one that makes it higher."""
+    return max(one, other, key=lambda change: sum(_changed(visit.moment.bytes, change).values()))
 
 
 def with_owners(footprint: Footprint) -> Footprint:

@@ -19,7 +19,7 @@ from pydantic import Field
 from snell_dist import dist, meeting
 from snell_dist.config import ConfigError, Problem
 from snell_dist.engines import Engine, EngineSection, Job, Share, Work, rest
-from snell_dist.engines._shares import BACKWARD, Visit, Wire, along, by_group, states, step_temporaries, units
+from snell_dist.engines._shares import BACKWARD, Visit, Wire, along, by_group, higher, states, step_temporaries, units
 from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Phase, Weight, total
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class Fsdp(EngineSection):
     def share(self, whole: Footprint, job: Job) -> Share:
         """As torch 2.14 has it; the unit of the rest is resharded like a block, since `reshard` is said for it, too.
 
-        A gather fills one buffer and is copied out of it. In forward the buffer stays until the next gather, in
-        backward it goes, and the next block's is filled already. A block's whole gradients go when they are copied
-        into the input of a reduce-scatter, which stays until the next block's.
+        A gather fills one buffer and is copied out of it. In forward the buffer stays until the next one has been
+        copied out of, in backward it goes, and the next block's is filled already. A block's whole gradients go when
+        they are copied into the input of a reduce-scatter, which stays until the next block's.
         """
         ranks = job.ranks // self.replicas
         parts = {name: _Unit.of([w for w in own if self._shards(w)], ranks) for name, own in units(job).items()}
@@ -124,8 +124,7 @@ class Fsdp(EngineSection):
         if away:
             held[Category.OPTIMIZER] = 0
         def change(visit: Visit) -> Bytes:
-            moment, gradients = visit.moment, visit.moment.bytes.get(Category.GRADIENTS, 0)
-            if moment.phase == Phase.STEP:
+            if visit.moment.phase == Phase.STEP:
                 mine = total(loose) + (0 if away else sum(unit.gradients for unit in parts.values()))
                 return held | {
                     Category.GRADIENTS: mine,
@@ -135,11 +134,12 @@ class Fsdp(EngineSection):
             done = sum(parts[name].trains for name in reduced)
             shards = 0 if away else sum(parts[name].gradients for name in reduced)
             sending = [name for name in reduced if parts[name].trains][-1:]
-            return held | {
+            here = held | {
                 Category.GATHERED: self._gathered(visit, job, parts),
-                Category.GRADIENTS: max(gradients - done, 0) + shards,
+                Category.GRADIENTS: max(visit.gradients - done, 0) + shards,
                 Category.COMMUNICATION: sum(parts[name].padded_trains for name in sending),
             }
+            return higher(visit, here, here | self._gathering(visit, here, parts))
 
         host = local + stepped + sum(unit.gradients for unit in parts.values()) if away else 0
         return self._wire(whole, job, parts, loose).share(along(whole, job, change, held), host)
@@ -173,6 +173,20 @@ class Fsdp(EngineSection):
             return there + sum(parts[u].padded for u in (*left, visit.unit) if u != OUTSIDE)
         ahead = parts[left[-1]].buffer if left else 0
         return there + (parts[visit.unit].padded if visit.unit != OUTSIDE else 0) + ahead
+
+    def _gathering(self, visit: Visit, here: Bytes, parts: dict[str, _Unit]) -> Bytes:
+        """What is otherwise when a block of forward has just been gathered: nothing of it is computed yet."""
+        blocks = [u for u in visit.entered if u != OUTSIDE]
+        if visit.moment.phase != Phase.FORWARD or visit.unit == OUTSIDE:
+            return {}
+        previous = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
+        saved = visit.before.get(Category.ACTIVATIONS, 0)
+        return {
+            Category.GATHERED: here[Category.GATHERED] + previous.buffer,
+            Category.ACTIVATIONS: min(saved, visit.moment.bytes.get(Category.ACTIVATIONS, 0)),
+            Category.ADAPTER: 0,
+            Category.TEMPORARY: 0,
+        }
 
     def _wire(self, whole: Footprint, job: Job, parts: dict[str, _Unit], loose: list[Weight]) -> Wire:
         ranks, wire = job.ranks // self.replicas, Wire(job)

@@ -178,7 +178,10 @@ class Zero(EngineSection):
         flat = _Flat.of(job)
         away = self.offload_optimizer and job.device_type != "cpu"  # else the device is the host
         stepped = states(whole, flat.trains, flat.part) + flat.part
-        hosted = 2 * flat.part + flat.largest if self.offload_optimizer else 0  # gradients, what is sent back, a buffer
+        several = job.micro_batches > 1
+        hosted = 0  # gradients, what is sent back, a buffer, gradients of earlier micro-batches
+        if self.offload_optimizer:
+            hosted = 2 * flat.part + flat.largest + (flat.reaching if several else 0)
         held = {
             Category.TRAINABLE: whole.held.get(Category.TRAINABLE, 0) - flat.trains + flat.whole,
             Category.OPTIMIZER: 0 if away else stepped,
@@ -186,10 +189,9 @@ class Zero(EngineSection):
         }
         bucket = 4 * self._said("reduce_bucket_size", bucket_numbers(flat.numbers))
         kept = 0 if self.offload_optimizer else flat.reaching
-        several = job.micro_batches > 1
 
         def change(visit: Visit) -> Bytes:
-            moment, gradients = visit.moment, visit.moment.bytes.get(Category.GRADIENTS, 0)
+            moment, gradients = visit.moment, visit.gradients
             sending = held[Category.COMMUNICATION]
             if moment.phase == Phase.STEP:
                 mine = 0 if self.offload_optimizer else kept + max(flat.parts)
@@ -203,11 +205,10 @@ class Zero(EngineSection):
                 left = max(flat.trains - bucket, 0)
                 copied = max(min(flat.trains, bucket), kept if left else 0)
                 return held | {Category.GRADIENTS: left, Category.COMMUNICATION: sending + bucket + copied}
-            reduced = at_the_end(visit) or several or gradients // bucket > visit.gradients // bucket
-            begun = several or gradients > bucket
+            begun = gradients > bucket or not visit.first
             return held | {
                 Category.GRADIENTS: kept if begun else 0,
-                Category.COMMUNICATION: sending + bucket + (min(flat.trains, bucket) if reduced else 0),
+                Category.COMMUNICATION: sending + bucket + (min(flat.trains, bucket) if _reduced(visit, bucket) else 0),
             }
 
         wire = Wire(job)
@@ -251,7 +252,7 @@ class Zero(EngineSection):
         large = total(job.weights) - small
 
         def change(visit: Visit) -> Bytes:
-            moment, gradients = visit.moment, visit.moment.bytes.get(Category.GRADIENTS, 0)
+            moment = visit.moment
             if moment.phase == Phase.STEP:
                 temporaries = step_temporaries(visit, job, [w.bytes for group in groups for w in group], [max(flat)])
                 return held | {
@@ -265,14 +266,16 @@ class Zero(EngineSection):
                 running = total(w for layer in here for w in layer)
             if ahead:
                 running = min(large, MOST_LIVE) + min(large, ahead)
-            reduced = at_the_end(visit) or gradients // bucket > visit.gradients // bucket
+            reduced = ranks > 1 and moment.phase in BACKWARD and _reduced(visit, bucket)
             return held | {
                 Category.GATHERED: small + (0 if at_the_end(visit) else running),
-                Category.COMMUNICATION: bucket + (min(whole_trains, bucket) if reduced and job.ranks > 1 else 0),
+                Category.COMMUNICATION: bucket + (min(whole_trains, bucket) if reduced else 0),
             }
 
         wire = Wire(job)
-        wire.gather(small, ranks)
+        for weight in job.weights:
+            if weight.numbers <= persistent:
+                wire.gather(weight.bytes, ranks)
         for name, here in layers.items():
             passes = 1 + (name in {m.block for m in whole.moments if m.phase in BACKWARD}) + (name in recomputed)
             for layer in here:
@@ -365,6 +368,16 @@ class _Flat:
 def _part3(weight: Weight, ranks: int) -> int:
     """Bytes of a rank's part of a parameter under stage 3, the last one padded."""
     return -(-weight.numbers // ranks) * (weight.bytes // weight.numbers)
+
+
+def _reduced(visit: Visit, bucket: int) -> bool:
+    """Whether a bucket of so many bytes is reduced in a visit of backward: when it is full, and at the end.
+
+    How far a later micro-batch's gradients have come cannot be seen: where they fill buckets, it may be in any visit.
+    """
+    before = visit.before.get(Category.GRADIENTS, 0)
+    full = visit.gradients // bucket > (before // bucket if visit.first else 0)
+    return at_the_end(visit) or full
 
 
 def _layers(weights: list[Weight], persistent: int) -> list[list[Weight]]:
