@@ -34,7 +34,8 @@ class Visit:
 
 
 def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
-    blocks, kind, entered, passes = set(job.blocks), "", (), 0
+    blocks, kind, passes = set(job.blocks), "", 0
+    entered: tuple[str, ...] = ()
     before: Bytes = {}
     final = max((i for i, m in enumerate(whole.moments) if m.phase == Phase.FORWARD), default=-1)
     for i, moment in enumerate(whole.moments):
@@ -51,10 +52,8 @@ def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
 
 def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:
     """The footprint whose moments have the bytes that `change` puts in place of the whole's, by category."""
-    moments = [
-        replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)
-    ]
-    return with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
+    moments = [replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)]
+    return _with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
 
 
 def higher(visit: Visit, one: Bytes, other: Bytes) -> Bytes:
@@ -62,7 +61,7 @@ def higher(visit: Visit, one: Bytes, other: Bytes) -> Bytes:
     return max(one, other, key=lambda change: sum(_changed(visit.moment.bytes, change).values()))
 
 
-def with_owners(footprint: Footprint) -> Footprint:
+def _with_owners(footprint: Footprint) -> Footprint:
     """Owners are the whole's at its own peak: each category's are scaled to what this footprint's peak has of it."""
     before: dict[Category, int] = {}
     for owner in footprint.owners:
@@ -119,7 +118,7 @@ def step_temporaries(visit: Visit, job: Job, whole: Sequence[int], mine: Sequenc
     def together(sizes: Sequence[int]) -> int:
         if job.device_type == "cuda":
             return sum(sizes)
-        return max((2 * size + before for before, size in zip([0, *sizes], sizes)), default=0)
+        return max((2 * size + before for before, size in zip([0, *sizes], sizes, strict=False)), default=0)
 
     had = visit.moment.bytes.get(Category.TEMPORARY, 0)
     return had * together(mine) // together(whole) if any(whole) else had

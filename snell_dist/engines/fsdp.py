@@ -123,6 +123,7 @@ class Fsdp(EngineSection):
         stepped = held[Category.OPTIMIZER]
         if away:
             held[Category.OPTIMIZER] = 0
+
         def change(visit: Visit) -> Bytes:
             if visit.moment.phase == Phase.STEP:
                 mine = total(loose) + (0 if away else sum(unit.gradients for unit in parts.values()))
@@ -139,7 +140,7 @@ class Fsdp(EngineSection):
                 Category.GRADIENTS: max(visit.gradients - done, 0) + shards,
                 Category.COMMUNICATION: sum(parts[name].padded_trains for name in sending),
             }
-            return higher(visit, here, here | self._gathering(visit, here, parts))
+            return higher(visit, here, {**here, **self._gathering(visit, here, parts)})
 
         host = local + stepped + sum(unit.gradients for unit in parts.values()) if away else 0
         return self._wire(whole, job, parts, loose).share(along(whole, job, change, held), host)

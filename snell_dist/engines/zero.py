@@ -318,7 +318,7 @@ def bucket_numbers(trains: list[int]) -> int:
 
 @dataclass(frozen=True)
 class _Flat:
-    """What trains under stages 1 and 2: one flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
+    """What trains under stages 1 and 2: a flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
 
     numbers: list[int]  # of each tensor
     sizes: list[int]
