@@ -9,14 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._meta_registrations import (
-    meta__scaled_dot_product_flash_attention,
-    meta__scaled_dot_product_flash_attention_for_cpu,
-)
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -135,17 +130,3 @@ def _aligned(mask: Tensor) -> Tensor:
     length = mask.shape[-1]
     return F.pad(mask, (0, ALIGNMENT - length % ALIGNMENT))[..., :length]
 
-
-def _by_tokens(made: Callable[..., Any], query: Tensor, *rest: Any, **options: Any) -> Any:
-    """Outputs as torch's meta kernel makes them, but the first one with tokens before heads in memory.
-
-    So the kernels write it, and what joins the heads copies nothing.
-    """
-    y, *others = made(query, *rest, **options)
-    return torch.empty_like(y.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2), *others
-
-
-META: dict[str, Callable[..., Any]] = {
-    made.__name__.removeprefix("meta_"): partial(_by_tokens, made)
-    for made in (meta__scaled_dot_product_flash_attention, meta__scaled_dot_product_flash_attention_for_cpu)
-}

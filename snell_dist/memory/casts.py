@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 # Which ops autocast touches, the dispatcher knows. Most of them it casts to float32; these
@@ -52,14 +52,15 @@ class Cache:
         self._kept = WeakIdKeyDictionary()
 
     def cast(self, dtype: torch.dtype, value: Any) -> Any:
-        """`value` with all tensors in it that autocast may cast in this dtype."""
-        return tree_map_only(Tensor, partial(self._to, dtype), value)
+        """`value` with all tensors in it that autocast may cast in this dtype, the last one cast first, as torch's."""
+        leaves, shape = tree_flatten(value)
+        return tree_unflatten([self._to(dtype, leaf) for leaf in reversed(leaves)][::-1], shape)
 
     def lowered(self, value: Any) -> Any:
         """`cast` to the low precision, where autocast is on."""
         return self.cast(low(), value) if is_on() else value
 
-    def _to(self, dtype: torch.dtype, x: Tensor) -> Tensor:
+    def _to(self, dtype: torch.dtype, x: Any) -> Any:
         if not eligible(x) or x.dtype == dtype:
             return x
         trains = x.requires_grad and x.is_leaf and not x._is_view()
@@ -144,10 +145,8 @@ def _in_float32(cache: Cache, op: OpOverload, *given: Any) -> Arguments:
 
 
 def _promoted(cache: Cache, op: OpOverload, *given: Any) -> Arguments:
-    widest = low()
-    for leaf in filter(eligible, tree_leaves(given)):
-        widest = torch.promote_types(widest, leaf.dtype)
-    return cache.cast(widest, given)
+    others = {leaf.dtype for leaf in filter(eligible, tree_leaves(given))} - {low()}
+    return cache.cast(torch.float32 if others else low(), given)
 
 
 def _widened(cache: Cache, op: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:

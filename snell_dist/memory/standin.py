@@ -7,16 +7,17 @@ here uses and that comes where autocast's do, so composite functions of Python a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard, _IncludeDispatchKeyGuard
 from torch.library import _scoped_library, fallthrough_kernel
 
 from snell_dist import standing
-from snell_dist.memory import attention, casts
+from snell_dist.memory import attention, casts, layouts
 
 DEVICE = "ipu"  # whose autocast this takes the place of
 KEY = DispatchKey.AutocastIPU
@@ -30,7 +31,6 @@ def standing_for(device_type: str, capability: tuple[int, int] = AMPERE) -> Iter
     Autocast on meta is torch's CPU autocast (`standing.autocast_type`), by the op lists of `device_type`.
     capability: the GPU's compute capability, on which the choice among its attention kernels depends.
     """
-    below = partial(_ExcludeDispatchKeyGuard, DispatchKeySet(KEY))
     choose = attention.cpu_kernel if device_type == "cpu" else partial(attention.cuda_kernel, capability)
     with ExitStack() as stack:
         stack.enter_context(standing.standing_for(device_type))
@@ -38,10 +38,10 @@ def standing_for(device_type: str, capability: tuple[int, int] = AMPERE) -> Iter
         kernels = stack.enter_context(_scoped_library("aten", "IMPL"))
         cache = stack.enter_context(casts.Cache().dropped_with_autocast())
         for name, call in casts.calls(device_type, cache).items():
-            kernels.impl(name, partial(_below, below, call), KEY.name)
+            kernels.impl(name, partial(_below, call), KEY.name)
         attend = partial(attention.attend, cache, choose)
-        kernels.impl("scaled_dot_product_attention", partial(_below, below, attend), KEY.name)
-        for name, made in attention.META.items():
+        kernels.impl("scaled_dot_product_attention", partial(_below, attend), KEY.name)
+        for name, made in layouts.KERNELS.items():
             kernels.impl(name, made, "Meta", allow_override=True)
         stack.callback(torch.set_autocast_enabled, DEVICE, torch.is_autocast_enabled(DEVICE))
         torch.set_autocast_enabled(DEVICE, True)  # else the key stays excluded
@@ -49,6 +49,6 @@ def standing_for(device_type: str, capability: tuple[int, int] = AMPERE) -> Iter
         yield
 
 
-def _below(guard, call, *args, **options):
-    with guard():
+def _below(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with _ExcludeDispatchKeyGuard(DispatchKeySet(KEY)):
         return call(*args, **options)
