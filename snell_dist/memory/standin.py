@@ -49,6 +49,13 @@ def standing_for(device_type: str, capability: tuple[int, int] = AMPERE) -> Iter
         yield
 
 
+def as_on(device_type: str, optimizer: torch.optim.Optimizer) -> None:
+    """Lets one of torch's optimizers of meta tensors go as by default on a device: on GPUs over all tensors at once."""
+    for group in optimizer.param_groups:
+        if "foreach" in group:
+            group["foreach"] = device_type == "cuda"
+
+
 def _below(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with _ExcludeDispatchKeyGuard(DispatchKeySet(KEY)):
         return call(*args, **options)
