@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
 from snell_dist.memory.casts import Cache
@@ -64,54 +66,51 @@ def attend(
 
 
 def cpu_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Kernel:
-    """torch's own choice for such tensors on the CPU."""
-    shapes = tuple(x.shape for x in (q, k, v))
-    last_strides = tuple(x.stride(-1) for x in (q, k, v))
-    trains = mask is not None and mask.requires_grad
-    return _cpu_kernel(shapes, last_strides, q.dtype, None if mask is None else mask.shape, trains, dropout, causal)
+    """torch's own choice on the CPU."""
+    likes = tuple((x.shape, x.stride(-1)) for x in (q, k, v))
+    masked = None if mask is None else (mask.shape, mask.requires_grad)
+    return _cpu_kernel(likes, q.dtype, masked, dropout, causal)
 
 
 @lru_cache(maxsize=4096)
 def _cpu_kernel(
-    shapes: tuple[torch.Size, ...], last_strides: tuple[int, ...], dtype: torch.dtype, mask_shape: torch.Size | None,
-    mask_trains: bool, dropout: float, causal: bool,
+    likes: tuple[tuple[torch.Size, int], ...], dtype: torch.dtype, masked: tuple[torch.Size, bool] | None,
+    dropout: float, causal: bool,
 ) -> Kernel:  # fmt: skip
-    with _disable_current_modes(), torch.device("cpu"):
-        likes = [
-            torch.empty(max(s[-1] * stride, 1), dtype=dtype).as_strided(s, (0, 0, 0, stride))
-            for s, stride in zip(shapes, last_strides, strict=True)
+    """Of q, k, v by shape and last stride, and a mask by shape and whether it trains."""
+    choose: Any = torch._fused_sdp_choice
+    with _disable_current_modes():
+        # as large, but in no more memory than a row
+        made = [
+            torch.empty(shape[-1] * max(stride, 1), dtype=dtype, device="cpu").as_strided(shape, (0, 0, 0, stride))
+            for shape, stride in likes
         ]
         mask = None
-        if mask_shape is not None:
-            mask = torch.empty((), dtype=dtype).expand(mask_shape).requires_grad_(mask_trains)
-        flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION
-        choice = torch._fused_sdp_choice(*likes, mask, dropout, causal)
-    return Kernel.FLASH_CPU if choice == flash.value else Kernel.MATH
+        if masked is not None:
+            mask = torch.empty((), dtype=dtype, device="cpu").expand(masked[0]).requires_grad_(masked[1])
+        choice = choose(*made, mask, dropout, causal)
+    return Kernel.FLASH_CPU if choice == SDPBackend.FLASH_ATTENTION.value else Kernel.MATH
 
 
 def cuda_kernel(
     capability: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
 ) -> Kernel:
-    """What torch chooses on a GPU of this compute capability, of NVIDIA, if all kernels are allowed."""
-    width, major, half = q.shape[-1], capability[0], q.dtype in HALF
-    fits = (
-        q.shape[:2] == k.shape[:2] == v.shape[:2]
-        and min(q.shape[2], k.shape[2]) > 0
-        and all(x.stride(-1) == 1 for x in (q, k, v))
-    )
-    if not fits:
+    """What torch chooses on an NVIDIA GPU of this compute capability where the user has forbidden no kernel."""
+    width, half, major = q.shape[-1], q.dtype in HALF, capability[0]
+    batched = q.shape[:2] == k.shape[:2] == v.shape[:2] and min(q.shape[2], k.shape[2]) > 0
+    if not batched or any(x.stride(-1) != 1 for x in (q, k, v)):
         return Kernel.MATH
-    even = k.shape[-1] == v.shape[-1] == width
-    if major in (9, 10) and half and even and width <= 128 and width % 8 == 0 and k.shape[2] > 1 and not dropout:
-        if mask is None or not mask.requires_grad:
-            return Kernel.CUDNN
     square = q.shape[2] == k.shape[2]
-    if major >= 8 and half and even and width <= 256 and mask is None and (square or not causal):
+    flash = major >= 8 and half and k.shape[-1] == v.shape[-1] == width
+    hopper = major in (9, 10) and width <= 128 and width % 8 == 0 and k.shape[2] > 1 and not dropout
+    if flash and hopper and not (mask is not None and mask.requires_grad):
+        return Kernel.CUDNN
+    if flash and width <= 256 and mask is None and (square or not causal):
         return Kernel.FLASH
-    known = (*HALF, torch.float32) if major >= 8 else (torch.float16, torch.float32)
-    # of the tensor cores' products
+    # what tensor cores multiply, and which they have
     aligned = 8 if half and major >= 7 else 4 if major >= 8 else 1
-    if q.dtype in known and k.shape[-1] == width and width % aligned == 0 and v.shape[-1] % aligned == 0:
+    known = q.dtype in (torch.float16, torch.float32) or (q.dtype == torch.bfloat16 and major >= 8)
+    if known and k.shape[-1] == width and width % aligned == 0 and v.shape[-1] % aligned == 0:
         return Kernel.EFFICIENT
     return Kernel.MATH
 
@@ -129,4 +128,3 @@ def _aligned(mask: Tensor) -> Tensor:
         return mask
     length = mask.shape[-1]
     return F.pad(mask, (0, ALIGNMENT - length % ALIGNMENT))[..., :length]
-

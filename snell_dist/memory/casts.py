@@ -112,7 +112,7 @@ def calls(device_type: str, cache: Cache) -> dict[str, Callable[..., Any]]:
     for names, policy in ((LOWERED, _lowered), (PROMOTED, _promoted), (WIDENED, _widened)):
         policies |= dict.fromkeys(names[device_type].split(), policy)
     policies |= dict.fromkeys(RENAMED[device_type], _with_dtype)
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for name, policy in policies.items():
         op = overload(name)
         wide = overload(RENAMED[device_type].get(name, name))

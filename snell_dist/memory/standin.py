@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard, _IncludeDispatchKeyGuard
+from torch._C import DispatchKeySet, _ExcludeDispatchKeyGuard, _IncludeDispatchKeyGuard
 from torch.library import _scoped_library, fallthrough_kernel
 
 from snell_dist import standing
 from snell_dist.memory import attention, casts, layouts
 
 DEVICE = "ipu"  # whose autocast this takes the place of
-KEY = DispatchKey.AutocastIPU
+KEY: Any = torch._C.DispatchKey.AutocastIPU  # type: ignore[attr-defined]
 AMPERE = (8, 0)
 
 
