@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from snell_dist.memory.rehearsal import Rehearsal
 
-CONVOLUTIONS = "aten::convolution", "aten::convolution_backward"
+# Kernels of the CPU that take room for themselves: oneDNN's workspaces, and a product's copy of a mask in its other
+# operand's dtype. No tensor, and on a GPU there is none, or another.
+KERNELS = "aten::convolution", "aten::convolution_backward", "aten::mul"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Block:
     size: int
     born: int
     died: int | None
-    scratch: bool  # a convolution's own, given back before it ends
+    scratch: bool  # a kernel's own, given back before it ends
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Truth:
     ranges: list[tuple[str, int, int]]
 
     def peak(self, scratch: bool = True) -> int:
-        """With or without what convolutions take for themselves."""
+        """With or without what KERNELS take for themselves."""
         chosen = [b for b in self.blocks if scratch or not b.scratch]
         events = [(b.born, b.size) for b in chosen] + [(b.died, -b.size) for b in chosen if b.died is not None]
         live = highest = self.held
@@ -80,10 +82,10 @@ def true_step(made: Rehearsal) -> Truth:
 
 
 def _block(birth: Any, death: Any | None) -> Block:
-    convolution = birth.parent
-    while convolution is not None and convolution.name not in CONVOLUTIONS:
-        convolution = convolution.parent
-    scratch = convolution is not None and death is not None and death.start_time_ns <= convolution.end_time_ns
+    kernel = birth.parent
+    while kernel is not None and kernel.name not in KERNELS:
+        kernel = kernel.parent
+    scratch = kernel is not None and death is not None and death.start_time_ns <= kernel.end_time_ns
     return Block(birth.extra_fields.alloc_size, birth.start_time_ns, death and death.start_time_ns, scratch)
 
 
