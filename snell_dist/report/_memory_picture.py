@@ -9,10 +9,9 @@ from typing import Any
 from snell_dist.config import UserError
 from snell_dist.footprint import Category, Footprint, Phase
 from snell_dist.report import memory
-from snell_dist.report.memory import CARDS_GIB, COLOURS, GIB, Page, Row
+from snell_dist.report.memory import CARDS_GIB, COLOURS, GIB, LINES, Page, Row
 
 INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
-LINES = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999"]  # Tol's bright scheme
 MARKERS = "osD^PX*"
 
 
@@ -24,12 +23,18 @@ def draw(page: Page, file: Path) -> None:
         raise UserError("report: matplotlib is not installed: pip install 'snell_dist[report]'") from None
     from matplotlib.figure import Figure
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+    }
     style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "axes.labelcolor": SOFT}
     with matplotlib.rc_context(style):
         shown = list(_named(page, page.shown))
         figure = Figure(figsize=(12, 4.4 + 0.32 * len(shown) + 3.4), layout="constrained")
-        bars, steps, curves = figure.subfigures(3, 1, height_ratios=[1.2 + 0.32 * len(shown), 3.2, 3.4])
+        parts: Any = figure.subfigures(3, 1, height_ratios=[1.2 + 0.32 * len(shown), 3.2, 3.4])
+        bars, steps, curves = parts
         _bars(bars.subplots(), page, shown)
         tallest = max(footprint.peak_bytes for _, footprint in shown[:2])
         for ax, (name, footprint) in zip(steps.subplots(1, len(shown[:2]), squeeze=False).flat, shown, strict=False):
@@ -95,8 +100,8 @@ def _growth(ax: Any, page: Page) -> None:
         points = sorted((row.labels[page.over], row.peak_bytes / GIB) for row in rows)
         ax.plot(*zip(*points, strict=True), label=name, **_look(number))
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel=page.over, ylabel="GiB", ylim=(0, None))
+    ax.set(xlabel=page.over, yscale="log", ylabel="GiB")
+    _plain(ax.xaxis, ax.yaxis)
     ax.set_title(f"How it grows with {page.over}", color=INK)
     ax.grid(axis="y", color=LINE)
     ax.legend(frameon=False, fontsize=8)
@@ -108,11 +113,21 @@ def _against(ax: Any, page: Page) -> None:
         across = [row.figures[page.against] if page.against else row.trainable for row in rows]
         ax.scatter(across, [row.peak_bytes / GIB for row in rows], label=name, s=60, **_look(number, lines=False))
     ax.set(xscale="log", yscale="log", xlabel=what, ylabel="GiB")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+    _plain(ax.yaxis)
     ax.set_title(f"Memory against {what}", color=INK)
     ax.grid(color=LINE)
     ax.legend(frameon=False, fontsize=8)
+
+
+def _plain(*axes: Any) -> None:
+    """Logarithmic axes with numbers that one reads."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis in axes:
+        if axis.axis_name == "y":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _by_contender(page: Page, rows: Sequence[Row]) -> dict[str, list[Row]]:

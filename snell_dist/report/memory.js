@@ -8,9 +8,8 @@ const peak = entry => sum(entry.peak);
 const several = new Set(page.entries.map(entry => entry.source)).size > 1;
 const name = entry => entry.labels[page.series] + (several ? `, ${entry.source}` : "");
 const contenders = [...new Set(page.entries.map(name))];
-const LINES = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999"]; // Tol's bright scheme
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x"];
-const style = contender => contenders.indexOf(contender) % LINES.length;
+const style = contender => contenders.indexOf(contender) % page.lines.length;
 let printing = false;
 
 const probe = document.body.appendChild(document.createElement("i"));
@@ -38,6 +37,13 @@ function choose(label, value) {
 const visible = () => page.categories.map((category, i) => ({ ...category, i })).filter(category => !hidden.has(category.i));
 const shade = (entry, i) => Array.isArray(entry.line[i]) ? entry.line[i] : entry.phases.map(() => entry.line[i]);
 
+// Round numbers on a logarithmic axis of GiB; fewer of them over many powers of ten.
+function ticks(values) {
+  const low = Math.min(...values), high = Math.max(...values), powers = Array.from({ length: 13 }, (_, i) => 10 ** (i - 6));
+  const many = powers.flatMap(power => (high / low < 300 ? [1, 2, 5] : [1]).map(digit => digit * power));
+  return { tickvals: many, ticktext: many.map(value => size(value * GIB).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ")) };
+}
+
 // A chart in the page's own inks. `wide`: over the page's whole width.
 function draw(place, traces, layout, wide = false) {
   const axis = { gridcolor: ink("line"), linecolor: ink("line"), zerolinecolor: ink("line"), fixedrange: true, automargin: true };
@@ -60,11 +66,12 @@ function drawStack() {
     hovertemplate: `<b>%{y}</b><br>${c.name}: %{customdata}<extra></extra>`,
   })).filter(trace => trace.x.some(Boolean));
   const top = Math.max(...totals) / unit[0];
-  const cards = page.cards.map(card => [card, card * GIB / unit[0]]).filter(([, x]) => x < 1.18 * top);
+  const room = document.body.clientWidth < 500 ? 1.45 : 1.15;
+  const cards = page.cards.map(card => [card, card * GIB / unit[0]]).filter(([, x]) => x < room * top);
   draw("stack", traces, {
-    barmode: "stack", bargap: 0.3, height: 70 + 38 * names.length,
-    yaxis: { autorange: "reversed", ticksuffix: "  ", tickfont: { size: 13, color: ink("ink") }, type: "category" },
-    xaxis: { title: { text: unit[1] }, range: [0, 1.2 * top] },
+    barmode: "stack", bargap: 0.3, height: 70 + 38 * names.length, margin: { l: 8, r: 12, t: cards.length ? 24 : 4, b: 40 },
+    yaxis: { autorange: "reversed", ticksuffix: "  ", tickfont: { size: 13, color: ink("ink") }, type: "category", showgrid: false },
+    xaxis: { title: { text: unit[1] }, range: [0, room * top] },
     shapes: cards.map(([, x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { dash: "dash", width: 1, color: ink("soft") } })),
     annotations: [
       ...entries.map((entry, i) => ({ x: totals[i] / unit[0], y: names[i], xanchor: "left", xshift: 4, showarrow: false, text: `<b>${size(totals[i])}</b>`, font: { color: ink("ink") }, bgcolor: ink("paper") })),
@@ -90,7 +97,7 @@ function drawLine(side, entry, top) {
     hovertemplate: `%{y:,.2f} ${unit[1]}`,
   }));
   traces.push({ type: "scatter", mode: "lines", name: "all", x, y: step(total), line: { shape: "hv", width: 1.2, color: ink("ink") }, hovertemplate: `<b>%{y:,.2f} ${unit[1]}</b>, %{customdata}`,
-    customdata: step(entry.phases.map((phase, i) => `${phase}, ${entry.blocks[entry.visits[i]] || "outside the blocks"}`)) });
+    customdata: step(entry.phases.map((phase, i) => [phase, entry.blocks[entry.visits[i]]].filter(Boolean).join(", "))) });
   const at = entry.at.moment + 0.5, height = 1.25 * top / MIB / unit[0], held = entry.held / MIB / unit[0];
   const strip = (a, b, y0, y1, fillcolor, opacity) => ({ type: "rect", xref: "x", yref: "paper", x0: a, x1: b, y0, y1, fillcolor, opacity, line: { width: 0 }, layer: "below" });
   const bands = spans(entry.phases);
@@ -125,7 +132,7 @@ function drawLayers(side, entry, top) {
   document.querySelector(`[data-name="${side}"]`).textContent = name(entry);
   document.querySelector(`[data-owners="${side}"] tbody`).replaceChildren(...entry.owners.map(([module, category, bytes]) => {
     const row = document.createElement("tr"), dot = document.createElement("i");
-    row.insertCell().textContent = module || "outside the blocks";
+    row.insertCell().textContent = module || "outside";
     const cell = row.insertCell();
     cell.className = "text";
     dot.style.background = page.categories[category].colour;
@@ -150,23 +157,23 @@ function drawGrowth() {
     const sorted = [...entries].sort((a, b) => a.labels[page.over] - b.labels[page.over]);
     return {
       type: "scatter", mode: "lines+markers", name: contender, x: sorted.map(entry => entry.labels[page.over]), y: sorted.map(entry => peak(entry) / GIB),
-      line: { color: LINES[style(contender)], width: 2 }, marker: { size: 8, symbol: SYMBOLS[style(contender)] },
+      line: { color: page.lines[style(contender)], width: 2 }, marker: { size: 8, symbol: SYMBOLS[style(contender)] },
       customdata: sorted.map(entry => size(peak(entry))), hovertemplate: `<b>${contender}</b>, ${page.over} %{x}: %{customdata}<extra></extra>`,
     };
   });
   const steps = [...new Set(traces.flatMap(trace => trace.x))].sort((a, b) => a - b);
   draw("growth", traces, {
     height: 380, showlegend: true, legend: { orientation: "h", y: -0.22, font: { color: ink("ink") } },
-    xaxis: { title: { text: page.over }, type: "log", tickvals: steps, ticktext: steps.map(String) }, yaxis: { rangemode: "tozero", ticksuffix: " GiB" },
+    xaxis: { title: { text: page.over }, type: "log", tickvals: steps, ticktext: steps.map(String) }, yaxis: { type: "log", ...ticks(traces.flatMap(trace => trace.y)) },
   });
 }
 
 function drawPareto() {
   const more = !page.against, value = entry => more ? entry.trainable : entry.figures[page.against];
-  const [facet] = Object.keys(page.filters), here = matching(), rest = matching(facet, page.over).filter(entry => !here.includes(entry));
+  const [facet] = Object.keys(page.filters), here = matching(), rest = matching(facet).filter(entry => !here.includes(entry));
   const dots = (entries, contender, opacity) => ({
     type: "scatter", mode: "markers", name: contender, showlegend: opacity === 1, x: entries.map(value), y: entries.map(entry => peak(entry) / GIB), opacity, legendgroup: contender,
-    marker: { size: opacity === 1 ? 12 : 7, symbol: SYMBOLS[style(contender)], color: LINES[style(contender)], line: { width: 1, color: ink("paper") } },
+    marker: { size: opacity === 1 ? 12 : 7, symbol: SYMBOLS[style(contender)], color: page.lines[style(contender)], line: { width: 1, color: ink("paper") } },
     customdata: entries.map(entry => [[name(entry), ...Object.keys(page.filters).map(label => `${label} ${entry.labels[label]}`)].join(", "), size(peak(entry))]),
     hovertemplate: `<b>%{customdata[0]}</b><br>%{customdata[1]}, %{x:,}<extra></extra>`,
   });
@@ -177,7 +184,7 @@ function drawPareto() {
   traces.push(...[...Map.groupBy(here, name)].map(([contender, entries]) => dots(entries, contender, 1)));
   draw("pareto", traces, {
     height: 380, showlegend: true, legend: { orientation: "h", y: -0.22, font: { color: ink("ink") } },
-    xaxis: { type: "log", title: { text: page.against || "trainable parameters" }, dtick: 1 }, yaxis: { type: "log", ticksuffix: " GiB", dtick: "D2" },
+    xaxis: { type: "log", title: { text: page.against || "trainable parameters" }, dtick: 1 }, yaxis: { type: "log", ...ticks(traces.flatMap(trace => trace.y)) },
   });
 }
 

@@ -38,6 +38,7 @@ COLOURS = {  # for dark and light paper; the hues of Okabe and Ito, which the co
     Category.GATHERED: "#7b5ea7",
     Category.COMMUNICATION: "#c9bd3a",
 }
+LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # contenders: Tol's bright scheme
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def fits_on(count: int) -> int | None:
 
 
 def where(moment: Moment) -> str:
-    return f"{moment.phase.value}, {moment.block or 'outside the blocks'}"
+    return ", ".join(filter(None, (moment.phase.value, moment.block)))
 
 
 # The page.
@@ -169,6 +170,7 @@ def _html(page: Page) -> str:
         data={
             "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
             "cards": CARDS_GIB,
+            "lines": LINES,
             "series": page.series,
             "over": page.over,
             "against": page.against,
@@ -184,7 +186,8 @@ def _bold(sentence: str) -> Markup:
     from markupsafe import Markup, escape
 
     figure = r"\d(?:[\d,.]*\d)?(?:\s?(?:GiB|MiB|%|×))"
-    return Markup(re.sub(figure, lambda found: f"<b>{found.group()}</b>", str(escape(sentence))))
+    bold = re.sub(figure, lambda found: f"<b>{found.group().replace(' ', chr(160))}</b>", str(escape(sentence)))
+    return Markup(bold)
 
 
 def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]:
@@ -208,8 +211,21 @@ def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]
         "visits": [blocks[m.block] for m in moments],
         "line": [_thin([round(m.bytes.get(c, 0) / MIB, 1) for m in moments]) for c in present],
         "layers": [[i, _numbers(by_block[name], present)] for name, i in blocks.items() if name in by_block],
-        "owners": [[o.module, present.index(o.category), o.bytes] for o in footprint.owners[:OWNERS]],
+        "owners": [[module, present.index(category), size] for (module, category), size in _owners(footprint)],
     }
+
+
+def _owners(footprint: Footprint) -> list[tuple[tuple[str, Category], int]]:
+    """The largest at the peak, the same module of all blocks together: blocks.*.mlp.fc1 (12)."""
+    found: dict[tuple[str, Category], list[int]] = {}
+    for owner in footprint.owners:
+        module = re.sub(r"\d+", "*", owner.module)
+        found.setdefault((module, owner.category), []).append(owner.bytes)
+    named = {
+        (f"{module} ({len(parts)})" if "*" in module else module, category): sum(parts)
+        for (module, category), parts in found.items()
+    }
+    return sorted(named.items(), key=lambda item: -item[1])[:OWNERS]
 
 
 def _numbers(found: Bytes, present: Sequence[Category]) -> list[int]:
