@@ -127,6 +127,10 @@ class DataSection(Section):
         """
         raise NotImplementedError
 
+    def class_count(self) -> int | None:
+        """How many classes there are, without a look at the source; None where only the source knows."""
+        return None
+
     def transforms(self) -> Transforms:
         """What stands between the source's pictures and the model, without a look at the source.
 
