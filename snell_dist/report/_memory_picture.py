@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from snell_dist.config import UserError
@@ -15,8 +15,8 @@ INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
 MARKERS = "osD^PX*"
 
 
-def draw(page: Page, file: Path) -> None:
-    """Writes a PNG: the peaks by category, two time lines, the growth, memory against what trains."""
+def draw(page: Page) -> bytes:
+    """A PNG: the peaks by category, two time lines, the growth, memory against what trains."""
     try:
         import matplotlib
     except ImportError:
@@ -43,7 +43,9 @@ def draw(page: Page, file: Path) -> None:
         _growth(growth, page)
         _against(against, page)
         figure.supxlabel("   ".join(page.ran.values()), fontsize=6, color=SOFT, x=0.01, ha="left")
-        figure.savefig(file, dpi=130)
+        stream = io.BytesIO()
+        figure.savefig(stream, dpi=130)
+    return stream.getvalue()
 
 
 def _named(page: Page, rows: Sequence[Row]) -> Iterator[tuple[str, Footprint]]:

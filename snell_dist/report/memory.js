@@ -7,9 +7,17 @@ const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const peak = entry => sum(entry.peak);
 const several = new Set(page.entries.map(entry => entry.source)).size > 1;
 const name = entry => entry.labels[page.series] + (several ? `, ${entry.source}` : "");
-const contenders = [...new Set(page.entries.map(name))];
+const contender = entry => entry.labels[page.series];
+const contenders = [...new Set(page.entries.map(contender))];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x"];
-const style = contender => contenders.indexOf(contender) % page.lines.length;
+// Of a group's lines and dots: colour and symbol tell the contender; what was predicted and measured too is open.
+const look = entry => {
+  const number = contenders.indexOf(contender(entry)) % page.lines.length, open = several && entry.source === "predicted";
+  return { color: page.lines[number], symbol: SYMBOLS[number] + (open ? "-open" : ""), dash: open ? "dot" : "solid" };
+};
+// A contender has one entry in a legend, however many lines.
+const firsts = () => { const seen = new Set(); return words => !seen.has(words) && Boolean(seen.add(words)); };
+const legend = () => ({ orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11, color: ink("ink") } });
 let printing = false;
 
 const probe = document.body.appendChild(document.createElement("i"));
@@ -69,7 +77,7 @@ function drawStack() {
   const room = document.body.clientWidth < 500 ? 1.45 : 1.15;
   const cards = page.cards.map(card => [card, card * GIB / unit[0]]).filter(([, x]) => x < room * top);
   draw("stack", traces, {
-    barmode: "stack", bargap: 0.3, height: 70 + 38 * names.length, margin: { l: 8, r: 12, t: cards.length ? 24 : 4, b: 40 },
+    barmode: "stack", bargap: 0.3, height: 70 + (printing ? 24 : 38) * names.length, margin: { l: 8, r: 12, t: cards.length ? 24 : 4, b: 40 },
     yaxis: { autorange: "reversed", ticksuffix: "  ", tickfont: { size: 13, color: ink("ink") }, type: "category", showgrid: false },
     xaxis: { title: { text: unit[1] }, range: [0, room * top] },
     shapes: cards.map(([, x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { dash: "dash", width: 1, color: ink("soft") } })),
@@ -152,38 +160,38 @@ function drawSides() {
 }
 
 function drawGrowth() {
-  const groups = Map.groupBy(matching(page.over), name);
-  const traces = [...groups].map(([contender, entries]) => {
-    const sorted = [...entries].sort((a, b) => a.labels[page.over] - b.labels[page.over]);
+  const groups = Map.groupBy(matching(page.over), name), first = firsts();
+  const traces = [...groups].map(([words, entries]) => {
+    const sorted = [...entries].sort((a, b) => a.labels[page.over] - b.labels[page.over]), { color, symbol, dash } = look(sorted[0]);
     return {
-      type: "scatter", mode: "lines+markers", name: contender, x: sorted.map(entry => entry.labels[page.over]), y: sorted.map(entry => peak(entry) / GIB),
-      line: { color: page.lines[style(contender)], width: 2 }, marker: { size: 8, symbol: SYMBOLS[style(contender)] },
-      customdata: sorted.map(entry => size(peak(entry))), hovertemplate: `<b>${contender}</b>, ${page.over} %{x}: %{customdata}<extra></extra>`,
+      type: "scatter", mode: "lines+markers", name: contender(sorted[0]), legendgroup: contender(sorted[0]), showlegend: first(contender(sorted[0])), x: sorted.map(entry => entry.labels[page.over]), y: sorted.map(entry => peak(entry) / GIB),
+      line: { color, dash, width: 2 }, marker: { size: 8, symbol },
+      customdata: sorted.map(entry => size(peak(entry))), hovertemplate: `<b>${words}</b>, ${page.over} %{x}: %{customdata}<extra></extra>`,
     };
   });
   const steps = [...new Set(traces.flatMap(trace => trace.x))].sort((a, b) => a - b);
   draw("growth", traces, {
-    height: 380, showlegend: true, legend: { orientation: "h", y: -0.22, font: { color: ink("ink") } },
+    height: 380, showlegend: true, legend: legend(),
     xaxis: { title: { text: page.over }, type: "log", tickvals: steps, ticktext: steps.map(String) }, yaxis: { type: "log", ...ticks(traces.flatMap(trace => trace.y)) },
   });
 }
 
 function drawPareto() {
   const more = !page.against, value = entry => more ? entry.trainable : entry.figures[page.against];
-  const [facet] = Object.keys(page.filters), here = matching(), rest = matching(facet).filter(entry => !here.includes(entry));
-  const dots = (entries, contender, opacity) => ({
-    type: "scatter", mode: "markers", name: contender, showlegend: opacity === 1, x: entries.map(value), y: entries.map(entry => peak(entry) / GIB), opacity, legendgroup: contender,
-    marker: { size: opacity === 1 ? 12 : 7, symbol: SYMBOLS[style(contender)], color: page.lines[style(contender)], line: { width: 1, color: ink("paper") } },
+  const first = firsts(), [facet] = Object.keys(page.filters), here = matching(), rest = matching(facet).filter(entry => !here.includes(entry));
+  const dots = ([, entries], opacity) => ({
+    type: "scatter", mode: "markers", name: contender(entries[0]), legendgroup: contender(entries[0]), showlegend: opacity === 1 && first(contender(entries[0])), x: entries.map(value), y: entries.map(entry => peak(entry) / GIB), opacity,
+    marker: { size: opacity === 1 ? 12 : 7, symbol: look(entries[0]).symbol, color: look(entries[0]).color },
     customdata: entries.map(entry => [[name(entry), ...Object.keys(page.filters).map(label => `${label} ${entry.labels[label]}`)].join(", "), size(peak(entry))]),
     hovertemplate: `<b>%{customdata[0]}</b><br>%{customdata[1]}, %{x:,}<extra></extra>`,
   });
   const sorted = [...here].sort((a, b) => (more ? value(b) - value(a) : value(a) - value(b)) || peak(a) - peak(b));
   const front = sorted.filter((entry, i) => sorted.slice(0, i).every(other => peak(other) > peak(entry)));
-  const traces = [...Map.groupBy(rest, name)].map(([contender, entries]) => dots(entries, contender, 0.25));
+  const traces = [...Map.groupBy(rest, name)].map(group => dots(group, 0.25));
   traces.push({ type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip", x: front.map(value), y: front.map(entry => peak(entry) / GIB), line: { color: ink("soft"), width: 1.5, dash: "dot" } });
-  traces.push(...[...Map.groupBy(here, name)].map(([contender, entries]) => dots(entries, contender, 1)));
+  traces.push(...[...Map.groupBy(here, name)].map(group => dots(group, 1)));
   draw("pareto", traces, {
-    height: 380, showlegend: true, legend: { orientation: "h", y: -0.22, font: { color: ink("ink") } },
+    height: 380, showlegend: true, legend: legend(),
     xaxis: { type: "log", title: { text: page.against || "trainable parameters" }, dtick: 1 }, yaxis: { type: "log", ...ticks(traces.flatMap(trace => trace.y)) },
   });
 }

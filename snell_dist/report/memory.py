@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from snell_dist.config import UserError
 from snell_dist.files import write_atomic
-from snell_dist.footprint import Bytes, Category, Footprint, Moment
+from snell_dist.footprint import Bytes, Category, Footprint, Moment, Owner
 from snell_dist.report import _template
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 MIB, GIB = 2**20, 2**30
 CARDS_GIB = (16, 24, 40, 80, 141)  # memories of GPUs that people have
 OWNERS = 8  # named under a time line
-COLOURS = {  # for dark and light paper; the hues of Okabe and Ito, which the colour-blind tell apart
-    Category.FROZEN: "#7d8fa3",
-    Category.TRAINABLE: "#0072b2",
-    Category.BUFFERS: "#bcc6d0",
-    Category.GRADIENTS: "#56b4e9",
-    Category.OPTIMIZER: "#009e73",
-    Category.INPUTS: "#8a6d3b",
-    Category.ACTIVATIONS: "#e69f00",
-    Category.ADAPTER: "#d5402b",
-    Category.TEMPORARY: "#e08fb8",
-    Category.GATHERED: "#7b5ea7",
-    Category.COMMUNICATION: "#c9bd3a",
+COLOURS = {  # on light and on dark paper, and apart for the colour-blind too
+    Category.FROZEN: "#717288",
+    Category.TRAINABLE: "#0c50c7",
+    Category.BUFFERS: "#e4c4ec",
+    Category.GRADIENTS: "#47aefe",
+    Category.OPTIMIZER: "#2ea167",
+    Category.INPUTS: "#9f4500",
+    Category.ACTIVATIONS: "#eca705",
+    Category.ADAPTER: "#fb4c0d",
+    Category.TEMPORARY: "#c884ba",
+    Category.GATHERED: "#7e2d85",
+    Category.COMMUNICATION: "#a7e38f",
 }
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # contenders: Tol's bright scheme
 
@@ -123,12 +123,16 @@ def write(page: Page, out: Path) -> list[Path]:
     """Writes OUT.html, OUT.csv, OUT.png and OUT.md, and returns them. UserError where a library is missing."""
     from snell_dist.report import _memory_picture
 
-    html = out.with_suffix(".html")
-    write_atomic(html, _html(page))
-    write_atomic(out.with_suffix(".csv"), _csv(page))
-    write_atomic(out.with_suffix(".md"), _markdown(page, out.with_suffix(".png").name))
-    _memory_picture.draw(page, out.with_suffix(".png"))
-    return [html, *(out.with_suffix(ending) for ending in (".csv", ".png", ".md"))]
+    html, table, picture, text = (out.with_suffix(ending) for ending in (".html", ".csv", ".png", ".md"))
+    contents: dict[Path, str | bytes] = {
+        html: _html(page),
+        table: _csv(page),
+        picture: _memory_picture.draw(page),
+        text: _markdown(page, picture.name),
+    }
+    for file, content in contents.items():
+        write_atomic(file, content)
+    return list(contents)
 
 
 def size(count: float) -> str:
@@ -217,13 +221,13 @@ def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]
 
 def _owners(footprint: Footprint) -> list[tuple[tuple[str, Category], int]]:
     """The largest at the peak, the same module of all blocks together: blocks.*.mlp.fc1 (12)."""
-    found: dict[tuple[str, Category], list[int]] = {}
+    found: dict[tuple[str, Category], list[Owner]] = {}
     for owner in footprint.owners:
-        module = re.sub(r"\d+", "*", owner.module)
-        found.setdefault((module, owner.category), []).append(owner.bytes)
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", owner.module)
+        found.setdefault((pattern, owner.category), []).append(owner)
     named = {
-        (f"{module} ({len(parts)})" if "*" in module else module, category): sum(parts)
-        for (module, category), parts in found.items()
+        (f"{pattern} ({len(owners)})" if len(owners) > 1 else owners[0].module, category): sum(o.bytes for o in owners)
+        for (pattern, category), owners in found.items()
     }
     return sorted(named.items(), key=lambda item: -item[1])[:OWNERS]
 
