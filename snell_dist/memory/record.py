@@ -18,6 +18,7 @@ Not seen: what a kernel allocates inside itself (torch's CPU attention takes som
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from snell_dist.adapted import AdaptedLinear
-from snell_dist.footprint import Category, Footprint, Phase
-from snell_dist.memory.timeline import History, Segment, Storage, Visit, read
+from snell_dist.footprint import Category, Phase
+from snell_dist.memory.timeline import History, Reading, Segment, Storage, Visit, read
 from snell_dist.ops import library
 
 ROUND = {"cuda": 512}  # what an allocator rounds a size up to, in bytes
@@ -80,6 +82,7 @@ class Ledger(TorchDispatchMode):
         self._stack.clear()
         self._visits = [Visit(0, Phase.STEP, "")]
         self._segments = [Segment(Phase.STEP)]
+        self._flops: Counter[str] = Counter()
         self._all = list(self._live.values())
         for storage in self._all:
             storage.born = storage.segment = storage.visit = 0
@@ -122,6 +125,8 @@ class Ledger(TorchDispatchMode):
         implementation = library.inside(function)
         if implementation is None:
             made = function(*args, **kwargs)
+            if (count := flop_registry.get(function._overloadpacket)) is not None:
+                self._flops[self._module] += count(*args, **kwargs, out_val=made)
         else:
             with self:
                 made = implementation(*args, **kwargs)
@@ -230,9 +235,11 @@ class Ledger(TorchDispatchMode):
 
         return accumulated
 
-    def footprint(self) -> Footprint:
-        """Of what has been since `restart`."""
-        return read(History(self._all, self._visits, self._segments, self._clock + 1), self._blocks, self._adapted)
+    def reading(self) -> Reading:
+        """What has been since `restart`."""
+        return read(
+            History(self._all, self._visits, self._segments, self._clock + 1, self._flops), self._blocks, self._adapted
+        )
 
 
 @contextmanager

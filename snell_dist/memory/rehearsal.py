@@ -20,14 +20,15 @@ from snell_dist.anatomy import Backbone
 from snell_dist.backbones import BackboneSection
 from snell_dist.data import Batch, Splits
 from snell_dist.engines import Engine, EngineSection, Work
-from snell_dist.footprint import OUTSIDE, Category, Footprint, Phase, Weight
+from snell_dist.footprint import OUTSIDE, Category, Phase, Weight
 from snell_dist.memory.record import Ledger, recording
+from snell_dist.memory.timeline import Reading
 from snell_dist.run_config import Run
 from snell_dist.start import Start
 from snell_dist.tasks import Task
 
 CLASSES = 1000  # of a classifier, where the data does not say without a look at it
-RECORDED = 1  # the step, from 0, in which the optimizer's state is there
+LR = 1e-6
 
 OptimizerChanger = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
 
@@ -43,11 +44,13 @@ class Rehearsal:
     weights: list[Weight]
     classes: int
 
-    def step(self, ledger: Ledger | None = None) -> None:
-        """One optimizer step, as train.loop makes it."""
+    def step(self, ledger: Ledger | None = None, left_out: Sequence[nn.Parameter] = ()) -> None:
+        """One optimizer step, as train.loop makes it. `left_out`: parameters that backward does not reach."""
         engine: Any = self.engine if ledger is None else Told(self.engine, ledger)
         self.task.step(engine, iter(self.batches))
-        engine.step(1e-6)
+        for parameter in left_out:
+            parameter.grad = torch.empty_like(parameter)
+        engine.step(LR)
 
 
 class Told:
@@ -86,7 +89,7 @@ def classes_of(config: Run) -> int:
 def prepare(
     config: Run,
     device: torch.device,
-    micro_batch_size: int,
+    micro_batch_size: int = 1,
     accumulation: int = 1,
     engine: EngineSection | None = None,
     change: OptimizerChanger = lambda optimizer: optimizer,
@@ -129,20 +132,27 @@ def prepare(
     )
     prepared = (engine or config.engine).prepare(work)
     backbone.model.train()
-    batches = _batches(splits.image_shape, micro_batch_size, accumulation)
-    return Rehearsal(backbone, task, prepared, batches, weights, classes)
+    made = batches(splits.image_shape, micro_batch_size, accumulation)
+    return Rehearsal(backbone, task, prepared, made, weights, classes)
 
 
-def record(rehearsal: Rehearsal, device_type: str, stands_for: str | None = None) -> Footprint:
-    """The footprint of the step after the first, which makes the optimizer's state."""
+def record(
+    rehearsal: Rehearsal, device_type: str, stands_for: str | None = None, left_out: Sequence[nn.Parameter] = ()
+) -> Reading:
+    """The second step, which finds the optimizer's state there. On the meta device the first needs no forward."""
     model, engine = rehearsal.backbone.model, rehearsal.engine
     with recording(model, rehearsal.backbone.blocks, device_type, stands_for) as ledger:
-        for _ in range(RECORDED + 1):
-            ledger.restart()
-            own(ledger, rehearsal)
+        own(ledger, rehearsal)
+        if device_type == "meta":
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            engine.step(LR)
+        else:
             rehearsal.step(ledger)
-            ledger.own(_state(engine), Category.OPTIMIZER)
-        return ledger.footprint()
+        ledger.restart()
+        own(ledger, rehearsal)
+        rehearsal.step(ledger, left_out)
+        return ledger.reading()
 
 
 def own(ledger: Ledger, rehearsal: Rehearsal) -> None:
@@ -173,7 +183,7 @@ def _splits(backbone: BackboneSection, classes: int) -> Splits:
     return Splits(nothing, nothing, nothing, [str(number) for number in range(classes)], shape)
 
 
-def _batches(shape: tuple[int, int, int], size: int, accumulation: int) -> list[Batch]:
+def batches(shape: tuple[int, int, int], size: int, accumulation: int) -> list[Batch]:
     """Micro-batches of grey images, in host memory, all of class 0."""
     images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
     last = accumulation - 1

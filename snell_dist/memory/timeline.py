@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from snell_dist.footprint import OUTSIDE, Category, Footprint, Moment, Owner, Phase, add
+from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Moment, Owner, Phase, add
 
 
 class Storage:
@@ -43,12 +43,16 @@ class Visit:
 
 @dataclass(frozen=True)
 class History:
-    """Storages name their segment and visit by number. `end`: a clock after all that happened."""
+    """Storages name their segment and visit by number. `end`: a clock after all that happened.
+
+    flops: operations by module.
+    """
 
     storages: Sequence[Storage]
     visits: Sequence[Visit]
     segments: Sequence[Segment]
     end: int
+    flops: Mapping[str, int]
 
 
 @dataclass
@@ -60,34 +64,66 @@ class _Group:
     block: str
 
 
-def read(history: History, blocks: Mapping[str, str], adapted: Collection[str]) -> Footprint:
-    """blocks: addresses by the modules' names; adapted: names of adapted layers."""
-    category = {id(storage): _category(storage, history, adapted) for storage in history.storages}
+@dataclass(frozen=True)
+class Reading:
+    """A history told apart. `times`: when each moment was highest."""
+
+    history: History
+    blocks: Mapping[str, str]  # addresses by the modules' names
+    categories: Mapping[int, Category]  # by a storage's id
+    moments: list[Moment]
+    times: list[int]
+
+    def footprint(self) -> Footprint:
+        peak = max(range(len(self.moments)), key=lambda i: self.moments[i].total)
+        return Footprint(self.moments, self.held(), self.owners(peak))
+
+    def held(self) -> Bytes:
+        """What stays after the step."""
+        found: Counter[Category] = Counter()
+        for storage in self.history.storages:
+            if storage.died is None and self.categories[id(storage)].stays:
+                found[self.categories[id(storage)]] += storage.size
+        return add(found)
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """By block."""
+        found: Counter[str] = Counter()
+        for module, count in self.history.flops.items():
+            found[block_of(module, self.blocks)] += count
+        return dict(found)
+
+    def owners(self, moment: int) -> list[Owner]:
+        """Who holds how much when that moment is highest."""
+        time, found = self.times[moment], Counter[tuple[str, Category]]()
+        for storage in self.history.storages:
+            if storage.born <= time and (storage.died is None or storage.died > time):
+                found[storage.module, self.categories[id(storage)]] += storage.size
+        owners = [Owner(module, block_of(module, self.blocks), kind, size) for (module, kind), size in found.items()]
+        return sorted(owners, key=lambda owner: -owner.bytes)
+
+
+def read(history: History, blocks: Mapping[str, str], adapted: Collection[str]) -> Reading:
+    """adapted: names of adapted layers."""
+    categories = {id(storage): _category(storage, history, adapted) for storage in history.storages}
     events = sorted(_events(history.storages), key=lambda event: event[0])
     live: Counter[Category] = Counter()
-    moments, top, position, total = list[Moment](), (-1, 0), 0, 0
+    moments, times, position, total = list[Moment](), list[int](), 0, 0
     for group in _groups(history, blocks):
-        highest, at, snapshot = total, events[position - 1][0] if position else 0, dict(live)
+        start = snapshot = dict(live)
+        highest, at = total, events[position - 1][0] if position else 0
         while position < len(events) and events[position][0] < group.end:
             time, change, storage = events[position]
-            live[category[id(storage)]] += change
+            live[categories[id(storage)]] += change
             total += change
             position += 1
             if total > highest:
                 highest, at, snapshot = total, time, dict(live)
-        moments.append(Moment(group.phase, group.block, _module_at(history.visits, at), add(snapshot)))
-        if highest > top[0]:
-            top = highest, at
-    stay: Counter[Category] = Counter()
-    owners: Counter[tuple[str, Category]] = Counter()
-    for storage in history.storages:
-        kind = category[id(storage)]
-        if storage.died is None and kind.stays:
-            stay[kind] += storage.size
-        if storage.born <= top[1] and (storage.died is None or storage.died > top[1]):
-            owners[storage.module, kind] += storage.size
-    named = [Owner(module, block_of(module, blocks), kind, size) for (module, kind), size in owners.items()]
-    return Footprint(moments, add(stay), sorted(named, key=lambda owner: -owner.bytes))
+        module = _module_at(history.visits, at)
+        moments.append(Moment(group.phase, group.block, module, add(snapshot), add(start)))
+        times.append(at)
+    return Reading(history, blocks, categories, moments, times)
 
 
 def block_of(module: str, blocks: Mapping[str, str]) -> str:
