@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from snell_dist.config import UserError
 from snell_dist.footprint import OUTSIDE, Category, Footprint, Moment, Owner, Phase, add
@@ -138,11 +139,11 @@ def test_a_click_on_a_legend_hides_a_line(browser: Any, written: Path) -> None:
     visible = "place => place.data.filter(trace => trace.visible !== 'legendonly').map(trace => trace.name)"
     with shown(browser, written) as tab:
         assert tab.eval_on_selector("#growth", visible) == [*METHODS]
+        tab.locator("#growth").scroll_into_view_if_needed()
         box = tab.locator("#growth .legendtoggle").nth(1).bounding_box()
         tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        tab.wait_for_function(f"({visible})(document.querySelector('#growth')).length === 2")
+        expect(tab.locator("#growth .scatterlayer .trace")).to_have_count(2)
         assert tab.eval_on_selector("#growth", visible) == ["SNELL-8", "full"]
-        assert tab.locator("#growth .scatterlayer .trace").count() == 2
 
 
 @needs_browser
@@ -151,7 +152,7 @@ def test_a_click_on_a_heading_sorts(browser: Any, written: Path) -> None:
     column = "rows => rows.map(row => Number(row.cells[6].dataset.key))"
     with shown(browser, written) as tab:
         assert tab.eval_on_selector_all("#figures tbody tr", column) == peaks
-        head = tab.get_by_role("button", name="peak", exact=True)
+        head = tab.locator("#figures th button").nth(6)
         head.click()
         assert tab.eval_on_selector_all("#figures tbody tr", column) == sorted(peaks)
         head.click()
@@ -217,7 +218,7 @@ def test_light_and_dark_by_hand_and_on_paper(browser: Any, written: Path, tmp_pa
         width = tab.locator("#stack .main-svg").first.get_attribute("width")
         tab.pdf(path=tmp_path / "page.pdf", prefer_css_page_size=True)
         assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes())) >= 3
-        tab.wait_for_function(f"document.querySelector('#stack .main-svg').getAttribute('width') === '{width}'")
+        expect(tab.locator("#stack .main-svg").first).to_have_attribute("width", width)
         assert tab.evaluate(background) == dark
 
 
