@@ -20,7 +20,8 @@ from playwright.sync_api import expect
 
 from snell_dist.config import UserError
 from snell_dist.footprint import OUTSIDE, Category, Footprint, Moment, Owner, Phase, add
-from snell_dist.report.memory import CARDS_GIB, COLOURS, GIB, MIB, Page, Row, fits_on, size, write
+from snell_dist.memory.gpus import GIB, MIB, in_words
+from snell_dist.report.memory import CARDS_GIB, COLOURS, Page, Row, fits_on, write
 
 BROWSER = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(
@@ -111,7 +112,7 @@ def test_a_browser_shows_it_on_any_screen(browser: Any, written: Path, width: in
     with shown(browser, written, width, scheme) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
         assert tab.locator(".chart > .plot-container").count() == 7
-        assert bars(tab) == [size(expected(method).peak_bytes) for method in METHODS]
+        assert bars(tab) == [in_words(expected(method).peak_bytes) for method in METHODS]
         paper, ink = (tab.evaluate(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))
         light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink)]
         assert (light[0] > light[1]) == (scheme == "light")
@@ -128,10 +129,10 @@ def test_a_click_on_a_category_hides_it_in_every_chart(browser: Any, written: Pa
         entry.click()
         assert [tab.eval_on_selector(chart, names) for chart in charts] == [0] * 5
         rest = [expected(m).peak_bytes - expected(m).peak.bytes[Category.ACTIVATIONS] for m in METHODS]
-        assert bars(tab) == [size(count) for count in rest]
+        assert bars(tab) == [in_words(count) for count in rest]
         assert entry.get_attribute("aria-pressed") == "false"
         entry.click()
-        assert bars(tab) == [size(expected(method).peak_bytes) for method in METHODS]
+        assert bars(tab) == [in_words(expected(method).peak_bytes) for method in METHODS]
 
 
 @needs_browser
@@ -165,9 +166,9 @@ def test_choices_lead_to_what_there_is(browser: Any, written: Path) -> None:
     """Recomputation was run for one backbone and one batch only: choosing it chooses those too."""
     with shown(browser, written) as tab:
         tab.select_option("[data-label=batch]", label="32")
-        assert bars(tab) == [size(expected(method, batch=32).peak_bytes) for method in METHODS]
+        assert bars(tab) == [in_words(expected(method, batch=32).peak_bytes) for method in METHODS]
         tab.select_option("[data-label=remat]", label="block")
-        assert bars(tab) == [size(expected(method, "ViT-L/16", 8, "block").peak_bytes) for method in METHODS]
+        assert bars(tab) == [in_words(expected(method, "ViT-L/16", 8, "block").peak_bytes) for method in METHODS]
         assert [
             tab.locator(f"[data-label={label}] option:checked").inner_text() for label in ("backbone", "batch")
         ] == [
@@ -185,14 +186,14 @@ def test_the_time_line_is_the_footprints(browser: Any, written: Path) -> None:
         assert drawn[:-1] == pytest.approx([m.total / GIB for m in whole.moments], abs=1e-3)
         words = tab.locator("[data-line='1'] .annotation-text").all_text_contents()
         assert "".join(words).count("forward") == 1 and any(
-            f"peak {size(whole.peak_bytes)}" in text and "backward, blocks.11" in text.replace("\n", "")
+            f"peak {in_words(whole.peak_bytes)}" in text and "backward, blocks.11" in text.replace("\n", "")
             for text in words
         )
         layers = tab.eval_on_selector("[data-layers='1']", "place => place.data.map(trace => [trace.name, trace.y])")
         assert [name for name, _ in layers] == ["frozen parameters", "saved activations"]
         assert layers[1][1] == pytest.approx([14 * 8] * 12)
         first = tab.locator("[data-owners='1'] tbody tr").first.inner_text().split("\t")
-        assert first == ["blocks.*.mlp.act (12)", "saved activations", size(12 * 8 * 14 * MIB)]
+        assert first == ["blocks.*.mlp.act (12)", "saved activations", in_words(12 * 8 * 14 * MIB)]
 
 
 @needs_browser
@@ -227,7 +228,7 @@ def test_what_was_predicted_stands_beside_what_was_measured(browser: Any, tmp_pa
     rows = [replace(row(m, "ViT-B/16", 8), measured=expected(m, batch=9)) for m in METHODS]
     write(page(rows=rows), tmp_path / "both")
     with shown(browser, tmp_path / "both.html") as tab:
-        wanted = [size(expected(m, batch=batch).peak_bytes) for m in METHODS for batch in (8, 9)]
+        wanted = [in_words(expected(m, batch=batch).peak_bytes) for m in METHODS for batch in (8, 9)]
         assert bars(tab) == wanted
         assert tab.locator("#figures tbody tr").count() == 2 * len(METHODS)
         error = expected("SNELL-8").peak_bytes / expected("SNELL-8", batch=9).peak_bytes - 1
@@ -270,7 +271,7 @@ def test_the_text_has_every_peak(written: Path) -> None:
     text = written.with_suffix(".md").read_text()
     assert "- SNELL-8 peaks at 1.5 GiB, 58 % of full." in text
     assert "| ViT-L/16 | 8 | block | " + " | ".join(
-        size(expected(method, "ViT-L/16", 8, "block").peak_bytes) for method in METHODS
+        in_words(expected(method, "ViT-L/16", 8, "block").peak_bytes) for method in METHODS
     ) in text  # fmt: skip
     assert "![Memory](memory.png)" in text and "- machine: a laptop" in text
 

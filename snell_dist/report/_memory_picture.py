@@ -8,8 +8,9 @@ from typing import Any
 
 from snell_dist.config import UserError
 from snell_dist.footprint import Category, Footprint, Phase
+from snell_dist.memory.gpus import GIB, in_words
 from snell_dist.report import memory
-from snell_dist.report.memory import CARDS_GIB, COLOURS, GIB, LINES, Page, Row
+from snell_dist.report.memory import CARDS_GIB, COLOURS, LINES, Page, Row
 
 INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
 MARKERS = "osD^PX*"
@@ -63,7 +64,7 @@ def _bars(ax: Any, page: Page, shown: Sequence[tuple[str, Footprint]]) -> None:
             ax.barh(names, widths, left=left, color=COLOURS[category], label=category.value, edgecolor="white", lw=0.5)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for name, end, (_, footprint) in zip(names, left, shown, strict=True):
-        ax.annotate(memory.size(footprint.peak_bytes), (end, name), (4, 0), textcoords="offset points", va="center")
+        ax.annotate(in_words(footprint.peak_bytes), (end, name), (4, 0), textcoords="offset points", va="center")
     for card in CARDS_GIB:
         if card < 1.15 * max(left):
             ax.axvline(card, color=SOFT, ls="--", lw=0.8)
@@ -90,7 +91,7 @@ def _step(ax: Any, name: str, footprint: Footprint, tallest: int) -> None:
     peak, at = footprint.peak, moments.index(footprint.peak) + 0.5
     side = "left" if at < len(moments) / 3 else "right" if at > 0.67 * len(moments) else "center"
     ax.plot([at, at], [0, peak.total / GIB], color=INK, lw=1, ls=":")
-    ax.text(at, 1.02 * peak.total / GIB, f"{memory.size(peak.total)}: {memory.where(peak)}", ha=side, color=INK)
+    ax.text(at, 1.02 * peak.total / GIB, f"{in_words(peak.total)}: {memory.where(peak)}", ha=side, color=INK)
     ax.set(
         xlim=(0, len(moments)), ylim=(0, 1.3 * tallest / GIB), ylabel="GiB", xticks=[], xlabel="time, block by block"
     )

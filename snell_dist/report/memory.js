@@ -23,9 +23,10 @@ let printing = false;
 const probe = document.body.appendChild(document.createElement("i"));
 const ink = variable => { probe.style.color = `var(--${variable})`; return getComputedStyle(probe).color; };
 
+// As gpus.in_words.
 function size(bytes) {
-  const value = bytes >= GIB ? bytes / GIB : bytes / MIB;
-  return value.toLocaleString("en", { minimumFractionDigits: value < 10 ? 2 : value < 100 ? 1 : 0, maximumFractionDigits: value < 10 ? 2 : value < 100 ? 1 : 0 }) + (bytes >= GIB ? " GiB" : " MiB");
+  const [unit, digits, word] = bytes >= GIB ? [GIB, 2, "GiB"] : bytes >= MIB ? [MIB, 1, "MiB"] : bytes >= 1024 ? [1024, 1, "KiB"] : [1, 0, "B"];
+  return `${(bytes / unit).toFixed(digits)} ${word}`;
 }
 
 // Entries under the chosen filters, but for those that are free.

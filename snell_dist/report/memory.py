@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from snell_dist.config import UserError
 from snell_dist.files import write_atomic
 from snell_dist.footprint import Bytes, Category, Footprint, Moment, Owner
+from snell_dist.memory.gpus import GIB, MIB, in_words
 from snell_dist.report import _template
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-MIB, GIB = 2**20, 2**30
 CARDS_GIB = (16, 24, 40, 80, 141)  # memories of GPUs that people have
 OWNERS = 8  # named under a time line
 COLOURS = {  # on light and on dark paper, and apart for the colour-blind too
@@ -133,13 +133,6 @@ def write(page: Page, out: Path) -> list[Path]:
     for file, content in contents.items():
         write_atomic(file, content)
     return list(contents)
-
-
-def size(count: float) -> str:
-    """Bytes in words, three digits of them."""
-    value, unit = (count / GIB, "GiB") if count >= GIB else (count / MIB, "MiB")
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:,.{digits}f} {unit}"
 
 
 def fits_on(count: int) -> int | None:
@@ -266,11 +259,11 @@ def _line(page: Page, row: Row, source: str, present: Sequence[Category]) -> lis
     card = fits_on(peak.total + row.beyond)
     cells: list[Cell] = [(str(value), value) for value in row.labels.values()]
     cells += [(source, source), (f"{row.trainable:,}", row.trainable)]
-    cells += [(size(peak.total), peak.total), (where(peak), where(peak))]
+    cells += [(in_words(peak.total), peak.total), (where(peak), where(peak))]
     cells.append((f"{card} GiB", card) if card else (f"more than {CARDS_GIB[-1]} GiB", CARDS_GIB[-1] + 1))
-    cells.append((size(sum(footprint.held.values())), sum(footprint.held.values())))
+    cells.append((in_words(sum(footprint.held.values())), sum(footprint.held.values())))
     for count in _numbers(peak.bytes, present):
-        cells.append((size(count) if count else "", count))
+        cells.append((in_words(count) if count else "", count))
     cells += [(f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}", value) for value in row.figures.values()]
     if any(other.error is not None for other in page.rows):
         cells.append((f"{row.error:+.2%}", row.error) if row.error is not None and source == "predicted" else ("", ""))
@@ -305,7 +298,7 @@ def _markdown(page: Page, picture: str) -> str:
     for row in page.rows:
         key = tuple(row.labels[label] for label in page.filters)
         error = f" (predicted {row.error:+.1%})" if row.error is not None else ""
-        lines.setdefault(key, {})[str(row.labels[page.series])] = size(row.peak_bytes) + error
+        lines.setdefault(key, {})[str(row.labels[page.series])] = in_words(row.peak_bytes) + error
     table = [[*page.filters, *names], ["---"] * len(page.filters) + ["---:"] * len(names)]
     table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in lines.items()]
     parts = [
