@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import environment
+from demo import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from snell_dist import ops
-from snell_dist.memory.record import MIB, memory_profiler, peak_of
+from snell_dist.memory.measure import MIB, memory_profiler, peak_of
 
 
 @dataclass(frozen=True)

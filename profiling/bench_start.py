@@ -30,13 +30,13 @@ from typing import Any
 
 import timm
 import torch
-from compare import environment, where_run
+from demo import environment, where_run
 from safetensors.torch import save_file
 
 from snell_dist import dist, meeting
 from snell_dist.build import Built, build
 from snell_dist.config import load
-from snell_dist.memory.record import held_bytes
+from snell_dist.memory.measure import held_bytes
 from snell_dist.run_config import Run
 
 ENGINES = {

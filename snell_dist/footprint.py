@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -54,6 +54,7 @@ class Moment:
     block: str  # blocks.3, visual.blocks.0, patch_embed, ...; OUTSIDE for what is in no module
     module: str  # the innermost module at work
     bytes: Bytes  # live, by category
+    start: Bytes = field(default_factory=dict)  # the same when the visit began
 
     @property
     def total(self) -> int:
@@ -107,7 +108,13 @@ class Footprint:
             "peak": {"phase": self.peak.phase.value, "block": self.peak.block, "module": self.peak.module},
             "held": plain(self.held),
             "moments": [
-                {"phase": m.phase.value, "block": m.block, "module": m.module, "bytes": plain(m.bytes)}
+                {
+                    "phase": m.phase.value,
+                    "block": m.block,
+                    "module": m.module,
+                    "bytes": _words(m.bytes),
+                    "start": _words(m.start),
+                }
                 for m in self.moments
             ],
             "owners": [asdict(owner) | {"category": owner.category.value} for owner in self.owners],
@@ -117,7 +124,8 @@ class Footprint:
     def from_json(cls, said: Mapping[str, Any]) -> Footprint:
         return cls(
             moments=[
-                Moment(Phase(m["phase"]), m["block"], m["module"], _categories(m["bytes"])) for m in said["moments"]
+                Moment(Phase(m["phase"]), m["block"], m["module"], _categories(m["bytes"]), _categories(m["start"]))
+                for m in said["moments"]
             ],
             held=_categories(said["held"]),
             owners=[Owner(o["module"], o["block"], Category(o["category"]), o["bytes"]) for o in said["owners"]],
@@ -135,6 +143,10 @@ def add(*parts: Bytes) -> dict[Category, int]:
 def plain(found: Bytes) -> dict[str, int]:
     """With every category, by its words."""
     return {category.value: found.get(category, 0) for category in Category}
+
+
+def _words(found: Bytes) -> dict[str, int]:
+    return {category.value: size for category, size in found.items() if size}
 
 
 def _categories(said: Mapping[str, int]) -> dict[Category, int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snell_dist.config import ConfigError, Problem
+from snell_dist.standing import autocast_type
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -46,7 +47,7 @@ class Packing(nn.Module):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in] to [..., out]."""
-        kind = x.device.type
+        kind = autocast_type(x.device)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = _Product.apply(x.to(dtype), weight, self)
         return y if bias is None else y + bias.to(dtype)

@@ -40,7 +40,9 @@ class Precision(Section):
     def autocast(self, device: torch.device) -> AbstractContextManager:
         import torch
 
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
+        from snell_dist.standing import autocast_type
+
+        return torch.autocast(autocast_type(device), torch.bfloat16, enabled=self.compute == "bfloat16")
 
 
 def apply(precision: Precision, model: nn.Module, trainable: Iterable[str]) -> None:

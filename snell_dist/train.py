@@ -18,7 +18,7 @@ from snell_dist.checkpoint import Checkpoints, Meta, newest
 from snell_dist.config import UserError
 from snell_dist.evaluate import Measured
 from snell_dist.feed import Feed
-from snell_dist.memory.record import PeakMemory, process_mib
+from snell_dist.memory.measure import PeakMemory, process_mib
 from snell_dist.methods import Place
 from snell_dist.observers import Moment, Observer, StepTimer, trackers
 from snell_dist.observers.telemetry import Telemetry

@@ -9,7 +9,7 @@ ROOT = Path(snell_dist.__file__).parent
 FLOORS = [
     ["exits"],
     ["config"],
-    ["files", "network"],
+    ["files", "network", "standing"],
     ["dist"],
     ["heartbeat", "log", "meeting"],
     ["hang", "observers"],

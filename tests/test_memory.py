@@ -1,6 +1,6 @@
 import torch
 
-from snell_dist.memory.record import memory_profiler, peak_of
+from snell_dist.memory.measure import memory_profiler, peak_of
 
 
 def test_the_peak_is_what_was_alive_together() -> None:

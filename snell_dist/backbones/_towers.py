@@ -12,10 +12,14 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Self-attention of an nn.MultiheadAttention, whose parameters it takes over; called as open_clip calls that."""
+    """Self-attention of an nn.MultiheadAttention, whose parameters it takes over; called as open_clip calls that.
 
-    def __init__(self, given: nn.MultiheadAttention) -> None:
+    fused: by torch's kernels; else as written, with the scores stored.
+    """
+
+    def __init__(self, given: nn.MultiheadAttention, fused: bool = True) -> None:
         super().__init__()
+        self.fused_attn = fused  # as timm calls it
         width = given.embed_dim
         self.heads = given.num_heads
         self.qkv = nn.Linear(width, 3 * width, device="meta")
@@ -30,7 +34,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, D / heads]
         mask = None if attn_mask is None else attn_mask.to(qkv.dtype)
         q, k, v = qkv.unbind()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            y = (scores if mask is None else scores + mask).softmax(-1) @ v
         return self.out_proj(y.transpose(1, 2).flatten(2)), None
 
 
@@ -46,20 +54,22 @@ class Classifier(nn.Module):
         return self.head(F.normalize(features, dim=-1) if self.normalize else features)
 
 
-def make(settings: dict[str, Any]) -> nn.Module:
-    """open_clip's model of these settings, without weights, its attention rewritten."""
+def make(settings: dict[str, Any], fused: bool = True) -> nn.Module:
+    """open_clip's model of these settings, without weights, its attention rewritten, fused or as written."""
     custom = settings.pop("custom_text", False) or "timm_model_name" in settings["vision_cfg"]
     if "timm_model_name" in settings["vision_cfg"]:
         settings["vision_cfg"]["timm_model_pretrained"] = False
     model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
     for parent in list(model.modules()):
+        if hasattr(parent, "fused_attn"):  # of a tower that timm makes
+            parent.fused_attn = fused
         if isinstance(parent, open_clip.transformer.Transformer):
             parent.get_cast_dtype = _float32
         for name, child in list(parent.named_children()):
             if type(child) is nn.MultiheadAttention and isinstance(
                 parent, open_clip.transformer.ResidualAttentionBlock
             ):
-                setattr(parent, name, Attention(child))
+                setattr(parent, name, Attention(child, fused))
     return model
 
 

@@ -46,6 +46,9 @@ class Clip(BackboneSection):
     text_depth: int | None = Field(None, ge=1, description="blocks of the text tower; null: the model's")
     text_heads: int | None = Field(None, ge=1, description="attention heads of the text tower; null: the model's")
     context: int | None = Field(None, ge=3, description="tokens of a text; null: the model's")
+    attention: Literal["fused", "explicit"] = Field(
+        "fused", description="fused: torch's kernels; explicit: softmax(q k^T) v, which stores the scores of each pair"
+    )
     templates: list[str] = Field(["a photo of a {}."], min_length=1, description="captions of a class, {} its name")
     head: Literal["new", "file", "zeroshot"] = Field(  # type: ignore[assignment]
         "new", description="the classifier: new, the weights' own, or the text tower's directions of the classes"
@@ -134,7 +137,7 @@ class Clip(BackboneSection):
         patch = settings["vision_cfg"].get("patch_size")
         if patch and image_size % patch:
             raise ConfigError(Problem("backbone.image_size", f"must be a multiple of patch_size {patch}", image_size))
-        return _towers.make(settings), image_size
+        return _towers.make(settings, fused=self.attention == "fused"), image_size
 
     def _backbone(self, model: nn.Module, image_size: int, besides: list[str]) -> Backbone:
         names = find_blocks(model).values()

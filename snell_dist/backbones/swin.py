@@ -35,6 +35,10 @@ class Swin(BackboneSection):
     depths: list[int] | None = Field(None, min_length=1, description="blocks of each stage; null: the size's")
     heads: list[int] | None = Field(None, min_length=1, description="attention heads of each stage; null: the size's")
     window_size: int | None = Field(None, ge=1, description="tokens a side; null: the size's")
+    attention: Literal["fused", "explicit"] = Field(
+        "explicit",
+        description="fused: torch's kernels; explicit: softmax(q k^T) v, which stores the scores of each pair",
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, linear over the blocks")
 
     @classmethod
@@ -55,6 +59,7 @@ class Swin(BackboneSection):
         model: Any = _timm.create(
             arch, num_classes=classes, in_chans=self.channels, drop_path_rate=self.drop_path, **options
         )
+        _timm.set_attention(model, self.attention)
         stages = enumerate(model.layers)
         blocks = number(f"layers.{s}.blocks.{i}" for s, stage in stages for i in range(len(stage.blocks)))
         return Backbone(

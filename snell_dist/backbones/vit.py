@@ -38,6 +38,9 @@ class Vit(BackboneSection):
     depth: int | None = Field(None, ge=1, description="number of blocks; null: the size's")
     heads: int | None = Field(None, ge=1, description="attention heads; null: the size's")
     mlp_ratio: float | None = Field(None, gt=0, description="width of the MLP over that of the model; null: the size's")
+    attention: Literal["fused", "explicit"] = Field(
+        "fused", description="fused: torch's kernels; explicit: softmax(q k^T) v, which stores the scores of each pair"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, linear over the blocks")
 
     @classmethod
@@ -60,6 +63,7 @@ class Vit(BackboneSection):
         model: Any = _timm.create(
             arch, num_classes=classes, in_chans=self.channels, drop_path_rate=self.drop_path, **options
         )
+        _timm.set_attention(model, self.attention)
         for module in model.modules():
             if hasattr(module, "qkv_bias_separate"):  # else EVA takes qkv's weight past the layer, and past its delta
                 module.qkv_bias_separate = True

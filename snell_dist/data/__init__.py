@@ -127,6 +127,10 @@ class DataSection(Section):
         """
         raise NotImplementedError
 
+    def class_count(self) -> int | None:
+        """How many classes there are, without a look at the source; None where only the source knows."""
+        return None
+
     def transforms(self) -> Transforms:
         """What stands between the source's pictures and the model, without a look at the source.
 
@@ -134,11 +138,12 @@ class DataSection(Section):
         """
         raise UserError(f"data.name = {self.name!r}: has no transforms apart from its images, so it cannot be packed")
 
-    def accumulation(self) -> int:
-        """Micro-batches per step. ConfigError where batch_size does not divide."""
-        share, rest = divmod(self.batch_size, dist.world_size())
+    def accumulation(self, ranks: int | None = None) -> int:
+        """Micro-batches per step, on so many ranks, or on those there are. ConfigError where they do not divide it."""
+        world = ranks or dist.world_size()
+        share, rest = divmod(self.batch_size, world)
         if rest:
-            world, near = dist.world_size(), self.batch_size - rest or dist.world_size()
+            near = self.batch_size - rest or world
             fitting = [n for n in range(1, world) if not self.batch_size % n][-3:]
             message = f"{world} ranks cannot share it equally ({rest} left over): {near} or {near + world} would fit"
             message += f", or {' or '.join(map(str, fitting))} ranks"

@@ -51,6 +51,9 @@ class BenchmarkSection(DataSection):
             else f"{self.dataset}, laid out as {benchmark}"
         )
 
+    def class_count(self) -> int | None:
+        return self.classes.get(self.dataset)
+
     def class_names(self, folder: Path) -> list[str]:
         """From classes.txt, where there is one, or their numbers. UserError where the count is not the dataset's."""
         from snell_dist.data import _files

@@ -38,6 +38,9 @@ class Digits(DataSection):
             raise ValueError("must be different digits from 0 to 9")
         return classes
 
+    def class_count(self) -> int | None:
+        return len(self.classes)
+
     def load(self, all_labelled: bool) -> Splits:
         """Train, val and test hold 50, 20 and 30 % of each class, split once and for all (not by the run's seed)."""
         import numpy as np

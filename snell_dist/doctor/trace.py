@@ -27,7 +27,7 @@ from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
 from snell_dist.feed import Feed
 from snell_dist.files import write_atomic
-from snell_dist.memory.record import Touched
+from snell_dist.memory.measure import Touched
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
 from snell_dist.train import meta

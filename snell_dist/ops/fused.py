@@ -21,7 +21,8 @@ from torch import Tensor
 from snell_dist.ops.merging import factor_of, fill, merge, store_and_look, thresholds
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import keep_scale
-from snell_dist.ops.tiles import TILE_ELEMENTS, Block, Matrix
+from snell_dist.ops.tiles import TILE_ELEMENTS, Block, Matrix, representatives
+from snell_dist.standing import kind
 
 # A run of samples with one drop-path fate becomes a product of its own; shorter ones are not worth it.
 LEAST_RUN = 64
@@ -54,8 +55,10 @@ def runs(path: Tensor | None, tokens: int) -> list[tuple[slice, float]] | None:
     """Token ranges with one scale of drop path; None where they are too short or only the device knows them."""
     if path is None:
         return [(slice(0, tokens), 1.0)]
-    if path.device.type != "cpu":
+    if kind(path.device) != "cpu":
         return None
+    if path.is_meta:  # merged where any fates would be
+        return [(slice(0, tokens), 1.0)] if len(path) * LEAST_RUN <= tokens else None
     each = tokens // max(len(path), 1)
     found: list[tuple[slice, float]] = []
     for i, scale in enumerate(path.tolist()):
@@ -90,8 +93,8 @@ def _add_product(
 def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the weight in another dtype, a few at a time; all at once where it has that dtype already."""
     step = len(weight) if weight.dtype == dtype else max(TILE_ELEMENTS // max(weight.shape[1], 1), 1)
-    for start in range(0, len(weight), max(step, 1)):
-        cut = slice(start, min(start + step, len(weight)))
+    cuts = [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), max(step, 1))]
+    for cut in representatives(cuts, weight):
         yield cut, weight[cut].to(dtype)
 
 
@@ -162,7 +165,7 @@ def backward(
     # Blocks add up in gx; half precision would round at each of them.
     wide = torch.promote_types(x.dtype, torch.float32)
     gx = torch.empty(how.flat.shape if needs_x else 0, dtype=wide, device=x.device)
-    matrix = Matrix(a, b, params, plan, spare=gx if needs_x and gx.dtype == b.dtype else None)
+    matrix = Matrix(a, b, params, plan, spare=gx if needs_x and x.dtype == b.dtype else None)
     buffer = _buffer(matrix, x.dtype)
     for block in matrix.blocks():
         _lend_rest(buffer, block, matrix.blocks(), matrix)

@@ -6,7 +6,7 @@ it back), the factors, and one threshold a group. The static side travels as pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,28 @@ def static(plan: Plan) -> tuple[str, int, list[float], float, int]:
     return names, plan.groups, list(plan.sparsities), plan.dropout, plan.workspace
 
 
-@torch.library.custom_op("snell::merge", mutates_args=())
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function a custom op of this name."""
+
+    def register(implementation: Callable[..., Any]) -> Any:
+        _IMPLEMENTATIONS[name] = implementation
+        return torch.library.custom_op(name, implementation, mutates_args=())
+
+    return register
+
+
+def inside(operator: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """What one of these ops does, as a function of the op's own arguments; None for an op that is not ours.
+
+    A dispatch mode sees a custom op from outside; called under the mode again, this shows it the ops within.
+    """
+    return _IMPLEMENTATIONS.get(operator._schema.name)
+
+
+@_op("snell::merge")
 def merge(
     a: Tensor, b: Tensor, params: Tensor | None,
     names: str, groups: int, sparsities: Sequence[float], dropout: float, workspace: int,
@@ -41,7 +62,7 @@ def _(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty(len(b), len(a))
 
 
-@torch.library.custom_op("snell::linear", mutates_args=())
+@_op("snell::linear")
 def linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     given: Tensor | None, hint: Tensor | None, seed: Tensor | None, path: Tensor | None,
@@ -57,7 +78,7 @@ def _(x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any) -> tu
     return x.new_empty(*x.shape[:-1], len(b)), a.new_empty(2, rest[6])
 
 
-@torch.library.custom_op("snell::linear_backward", mutates_args=())
+@_op("snell::linear_backward")
 def linear_backward(
     gy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, params: Tensor | None,
     found: Tensor | None, seed: Tensor | None, path: Tensor | None,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from snell_dist.ops.plan import Plan
-from snell_dist.ops.threshold import Tiles, bracket_of, by_bracket, by_partition, by_radix
+from snell_dist.ops.threshold import Tiles, bracket_of, by_bracket, by_partition, by_radix, without_values
 from snell_dist.ops.tiles import Block, Matrix, Tile
+from snell_dist.standing import kind
 
 # Half widths of the brackets that are tried, in standard deviations of the sample's quantile.
 MARGINS = 6.0, 20.0
@@ -50,7 +51,9 @@ def _threshold(matrix: Matrix, tiles: Tiles, groups: range, sparsity: float, las
             yield bracket_of(sample, sparsity, margin, independent)
 
     interpolated = matrix.plan.interpolated
-    if like.device.type == "cpu":
+    if kind(like.device) == "cpu":
+        if like.is_meta:
+            return without_values(tiles, matrix.masks)
         result = by_bracket(tiles, count, sparsity, interpolated, brackets(), matrix.masks)
         if result is not None:
             return torch.stack(result)
@@ -65,8 +68,9 @@ def factor_(magnitude: Tensor, threshold: Tensor, sparsify: str) -> Tensor:
     """sparsify.factor in place of the magnitudes. NaN stays, and a NaN threshold removes nothing."""
     if sparsify == "paper":
         return magnitude.sub_(threshold).clamp_min_(0)
-    if magnitude.device.type == "cpu":
-        torch.threshold_(magnitude, float(threshold), 0)  # one pass; a host read, free here
+    if kind(magnitude.device) == "cpu":
+        # One pass; a host read, free here.
+        torch.threshold_(magnitude, 0.0 if magnitude.is_meta else float(threshold), 0)
     else:
         magnitude.masked_fill_(magnitude <= threshold, 0)
     return magnitude if sparsify == "released" else magnitude.sign_()

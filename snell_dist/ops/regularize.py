@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from snell_dist.standing import kind
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed (0-d int64) from the device's default generator."""
@@ -35,10 +37,11 @@ def keep_scale(seed: Tensor, shape: torch.Size, rate: float, dtype: torch.dtype)
     On the CPU a draw has 16 bits, four to a random word: a third of the time of torch's own dropout, and a rate within
     1/131072 of the one asked for.
     """
-    if seed.device.type != "cpu":
+    if kind(seed.device) != "cpu":
         return _hashed_scale(seed, shape, rate, dtype)
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=seed.device)
+    if not seed.is_meta:
+        words.random_(-(1 << 63), None, generator=torch.Generator().manual_seed(int(seed)))
     draws = words.view(torch.int16)[: shape.numel()].view(shape)
     return (draws >= round(rate * (1 << 16)) - (1 << 15)).to(dtype).div_(1 - rate)
 

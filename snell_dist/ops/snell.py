@@ -13,6 +13,7 @@ from snell_dist.ops import kernels, library, reference
 from snell_dist.ops.plan import Plan
 from snell_dist.ops.regularize import draw_path, draw_seed
 from snell_dist.ops.sparsify import SPARSIFY
+from snell_dist.standing import autocast_type
 
 IMPLS = ("auto", "fused", "reference")
 SCOPES = ("group", "matrix")
@@ -94,14 +95,15 @@ def snell_linear(
     plan = make_plan(a, b, sparsity, kernel, sparsify, groups, sparsity_scope, rate, workspace_bytes)
     check_choice("impl", impl, IMPLS)
     check_layer(x, weight, bias, a, b)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    cast = autocast_type(x.device)
+    if torch.is_autocast_enabled(cast):
+        x = x.to(torch.get_autocast_dtype(cast))
     seed = draw_seed(x.device) if plan.dropout else None
     samples = x.shape[0] if x.dim() > 1 else 1
     path = draw_path(samples, drop_path, x) if training and drop_path else None
     params = stack_params(kernel, kernel_params, groups, a)
     a, b = wide(a), wide(b)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(cast, enabled=False):
         if impl == "reference":
             return reference.snell_linear(x, weight, bias, a, b, params, seed, path, plan)
         given, hint = (None, None) if state is None else state.look_up(plan)
@@ -134,7 +136,7 @@ def merge_delta(
             odd = int((~torch.isfinite(factor)).sum())
             raise ValueError(f"{name} has {odd} of {factor.numel()} entries that are not finite (NaN or infinity)")
     a, b, params = wide(a), wide(b), stack_params(kernel, kernel_params, groups, a)
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(autocast_type(a.device), enabled=False):
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, params) if t is not None)
         if impl == "reference" or (impl == "auto" and differentiable):
             return reference.merge_delta(a, b, params, plan)

@@ -106,6 +106,18 @@ def by_bracket(
     return None
 
 
+def without_values(tiles: Tiles, masks: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """What `by_bracket` does with memory where the last bracket holds, of meta tensors: two numbers of no value."""
+    inside = []
+    for m in tiles():
+        under, within = masks(m)
+        torch.lt(m, 0, out=under)
+        torch.le(m, 0, out=within).logical_xor_(under)
+        places = m.new_empty(math.ceil(NEXT_SHARE * m.numel()), dtype=torch.int64)
+        inside.append(m.flatten()[places])
+    return torch.cat(inside).new_empty(2)
+
+
 def by_partition(tiles: Tiles, count: int, sparsity: float, interpolated: bool, like: Tensor) -> Tensor:
     """The threshold (0-d) from all magnitudes at once: for CPU tensors of a size that may be held."""
     values = like.new_empty(count)

@@ -6,7 +6,7 @@ couples the out axis (SNELLA's softmax) in column tiles [out/groups, n].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -159,7 +159,7 @@ class Matrix:
         rows, cols = slice(0, self.out_features), slice(0, self.in_features)
         lines = self.out_features if self._by_rows else self.in_features
         cuts = [slice(at, min(at + self._block_lines, lines)) for at in range(0, lines, self._block_lines)]
-        return [Block(cut, cols) if self._by_rows else Block(rows, cut) for cut in cuts]
+        return [Block(cut, cols) if self._by_rows else Block(rows, cut) for cut in representatives(cuts, self.like)]
 
     def tiles(self, block: Block, groups: range | None = None) -> Iterator[Tile]:
         """The tiles of a block (of some groups)."""
@@ -169,7 +169,7 @@ class Matrix:
             if top >= end:
                 continue
             lines = end - top if self._by_rows else block.cols.stop - block.cols.start
-            for cut in _cuts(lines, self._tile_lines):
+            for cut in representatives(_cuts(lines, self._tile_lines), self.like):
                 rows, cols = slice(top, end), block.cols
                 if self._by_rows:
                     rows = slice(top + cut.start, top + cut.stop)
@@ -258,11 +258,18 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _cuts(length: int, most: int) -> Iterator[slice]:
+def representatives(cuts: Sequence[slice], like: Tensor) -> Sequence[slice]:
+    """All cuts; of a meta tensor, which has no numbers, the first and the last: those between take what the first does.
+
+    A matrix of 10^8 entries has hundreds of tiles.
+    """
+    return [cuts[0], cuts[-1]] if like.is_meta and len(cuts) > 2 else cuts
+
+
+def _cuts(length: int, most: int) -> list[slice]:
     """range(length) in parts of nearly equal size, none longer than `most`."""
     parts = -(-length // most)
-    for i in range(parts):
-        yield slice(length * i // parts, length * (i + 1) // parts)
+    return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
 def _patches(factor: Tensor, count: int) -> Tensor:

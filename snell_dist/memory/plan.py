@@ -1,0 +1,314 @@
+"""Will it fit, and how is it best trained: every engine, recomputation and place of the frozen base, side by side.
+
+Memory is predicted (`predict`, and each engine's own share of it); what only a GPU shows is estimated (`overhead`). A
+step's cost is a model of a few terms, for comparing options and for nothing else:
+
+    max(compute, wire) + host      compute: counted operations at EFFICIENCY of the data sheet's rate
+                                   wire: bytes over the links within a node and between nodes, and LATENCY a message
+                                   host: offloaded bytes over PCIe, which nothing hides
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from snell_dist.config import ConfigError, Plugin, UserError
+from snell_dist.engines import EngineSection, Job, Share
+from snell_dist.footprint import Bytes, Category, Footprint, plain
+from snell_dist.memory.gpus import PCIE4, Gpu, in_words
+from snell_dist.memory.overhead import Overhead
+from snell_dist.memory.predict import Prediction, Predictor
+from snell_dist.remat import Remat
+from snell_dist.run_config import Run
+
+EFFICIENCY = 0.4  # of the data sheet's rate, which large products reach about
+LATENCY = 25e-6  # seconds a message
+BETWEEN_NODES = 25e9  # bytes a second and GPU: one 200 Gbit/s adapter each
+NEAR = 1.02  # a simpler option is taken where it costs at most so much more
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: int
+    nodes: int
+    gpu: Gpu
+
+    @property
+    def per_node(self) -> int:
+        return self.gpus // self.nodes
+
+    def __str__(self) -> str:
+        where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.gpus} x {self.gpu.name} ({in_words(self.gpu.memory)}){where}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, on the rank that holds most."""
+
+    engine: EngineSection
+    remat: Remat
+    micro_batch_size: int
+    micro_batches: int
+    share: Share
+    estimated: dict[str, int]  # bytes by name
+    step_s: float
+    largest: int  # images at once that would fit
+
+    @property
+    def footprint(self) -> Footprint:
+        return self.share.footprint
+
+    @property
+    def bytes(self) -> int:
+        """Predicted and estimated."""
+        return self.footprint.peak_bytes + sum(self.estimated.values())
+
+    @property
+    def words(self) -> str:
+        return f"{engine_words(self.engine)}, remat {self.remat.policy}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`options`: the configuration's own first, then the others, the cheapest first."""
+
+    name: str
+    config: Run
+    machine: Machine
+    classes: int
+    options: list[Option]
+    choice: Option
+    reason: str
+
+    @property
+    def own(self) -> Option:
+        return self.options[0]
+
+    def fits(self, option: Option) -> bool:
+        return option.bytes <= self.machine.gpu.memory
+
+
+def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
+    """Raises ConfigError or UserError where the batch does not divide, or nothing fits (naming what is nearest)."""
+    accumulation = config.data.accumulation(machine.gpus)
+    size = config.data.batch_size // machine.gpus // accumulation
+    options: list[Option] = []
+    policies = dict.fromkeys([config.remat.policy, "none", "selective", "block"])
+    engines = _engines(config, machine)
+    classes = 0
+    for policy in policies:
+        remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
+        predictor = Predictor(config.model_copy(update={"remat": remat}), "cuda")
+        line = Line.through(predictor, size, min(accumulation, 2))
+        classes = predictor.classes
+        for engine in engines:
+            options.append(_option(config, machine, overhead, engine, remat, predictor, line, size))
+    own, *others = options
+    ordered = [own, *sorted(others, key=lambda option: option.step_s)]
+    choice, reason = _choose(ordered, machine)
+    return Plan(name, config, machine, classes, ordered, choice, reason)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Footprints by batch size: every moment's bytes grow in a straight line with the images."""
+
+    small: Prediction
+    large: Prediction
+
+    @classmethod
+    def through(cls, predictor: Predictor, size: int, micro_batches: int) -> Line:
+        other = size // 2 or 2
+        sizes = sorted((size, other))
+        return cls(*(predictor.predict(each, micro_batches) for each in sizes))
+
+    @property
+    def flops_per_image(self) -> float:
+        return self.large.flops / self.large.micro_batch_size / self.large.micro_batches
+
+    def at(self, size: int) -> Footprint:
+        for known in (self.small, self.large):
+            if known.micro_batch_size == size:
+                return known.footprint
+        slope = (size - self.small.micro_batch_size) / (self.large.micro_batch_size - self.small.micro_batch_size)
+        pairs = zip(self.small.footprint.moments, self.large.footprint.moments, strict=True)
+        moments = [
+            replace(two, bytes=_between(one.bytes, two.bytes, slope), start=_between(one.start, two.start, slope))
+            for one, two in pairs
+        ]
+        return replace(self.large.footprint, moments=moments)
+
+
+def _option(
+    config: Run, machine: Machine, overhead: Overhead, engine: EngineSection, remat: Remat, predictor: Predictor,
+    line: Line, size: int,
+) -> Option:  # fmt: skip
+    images = config.data.batch_size // machine.gpus
+
+    def needed(micro: int) -> tuple[Share, dict[str, int]]:
+        passes = max(images // micro, 1)
+        job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
+        share = engine.share(line.at(micro), job)
+        return share, overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
+
+    def fits(micro: int) -> bool:
+        share, estimated = needed(micro)
+        return share.footprint.peak_bytes + sum(estimated.values()) <= machine.gpu.memory
+
+    largest = _largest(fits)
+    micro = size if largest >= size else max((n for n in range(1, largest + 1) if images % n == 0), default=size)
+    share, estimated = needed(micro)
+    seconds = _seconds(config, machine, line.flops_per_image * images, share, images // micro)
+    return Option(engine, remat, micro, images // micro, share, estimated, seconds, largest)
+
+
+def _largest(fits: Any) -> int:
+    """The largest number of images for which `fits` holds; 0 where one does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _seconds(config: Run, machine: Machine, flops: float, share: Share, micro_batches: int) -> float:
+    gpu = machine.gpu
+    rate = gpu.half if config.precision.compute == "bfloat16" else gpu.single
+    compute = flops / (EFFICIENCY * rate * 1e12)
+    within = share.wire_bytes - share.between_nodes_bytes
+    wire = within / (gpu.link * 1e9) + share.between_nodes_bytes / BETWEEN_NODES + share.messages * LATENCY
+    return max(compute, wire) + 2 * micro_batches * share.host_bytes / (PCIE4 * 1e9)
+
+
+def _engines(config: Run, machine: Machine) -> list[EngineSection]:
+    """The configuration's own, then the variants of every engine that can do this work."""
+    plugin = Plugin("engines")
+    found: list[EngineSection] = [config.engine]
+    for name in plugin.names():
+        kind: Any = plugin.find(name)
+        found += [v for v in kind.variants(machine.gpus, machine.nodes) if v != config.engine]
+    return [engine for engine in found if engine is config.engine or _can(engine, config)]
+
+
+def _can(engine: EngineSection, config: Run) -> bool:
+    try:
+        engine.check(config.precision, config.optim)
+    except ConfigError:
+        return False
+    return True
+
+
+def _choose(options: Sequence[Option], machine: Machine) -> tuple[Option, str]:
+    fitting = [option for option in options if option.bytes <= machine.gpu.memory]
+    if not fitting:
+        near = min(options, key=lambda option: option.bytes)
+        raise UserError(
+            f"nothing fits {in_words(machine.gpu.memory)}: the nearest is {near.words}, images at a time"
+            f" {near.micro_batch_size}: {in_words(near.bytes)} on each of {machine.gpus} GPUs"
+        )
+    fastest = min(fitting, key=lambda option: option.step_s)
+    close = [option for option in fitting if option.step_s <= NEAR * fastest.step_s]
+    choice = min(close, key=lambda option: (_complexity(option), option.bytes))
+    return choice, _reason(choice, options, fitting, machine)
+
+
+def _complexity(option: Option) -> tuple[int, int]:
+    """How much there is to go wrong: one process's tools first."""
+    order = {"ddp": 0, "fsdp": 1, "zero": 2}
+    return order.get(option.engine.name, 3), ("none", "selective", "block").index(option.remat.policy)
+
+
+def _reason(choice: Option, options: Sequence[Option], fitting: Sequence[Option], machine: Machine) -> str:
+    room = machine.gpu.memory - choice.bytes
+    if choice.engine.name == "ddp" and choice.remat.policy == "none":
+        sharded = [option for option in fitting if option.engine.shards and option.remat.policy == "none"]
+        if machine.gpus == 1 or not sharded:
+            return f"it fits as it is, with {in_words(room)} to spare; nothing needs dividing or recomputing"
+        best = min(sharded, key=lambda option: option.bytes)
+        more = best.share.wire_bytes / max(choice.share.wire_bytes, 1)
+        return (
+            f"DDP is better here: all of it fits with {in_words(room)} to spare, and {engine_words(best.engine)} would"
+            f" send {more:,.0f} times as many bytes a step to save {in_words(choice.bytes - best.bytes)}"
+        )
+    plainer = [o for o in options if _complexity(o) < _complexity(choice) and o.bytes > machine.gpu.memory]
+    if plainer:
+        least = min(plainer, key=lambda option: option.bytes)
+        return f"the cheapest step of those that fit; {least.words} would need {in_words(least.bytes)}"
+    return f"the cheapest step of those that fit, with {in_words(room)} to spare"
+
+
+def delta(plan: Plan) -> dict[str, Any]:
+    """What to change in the configuration, as its YAML has it."""
+    choice, config = plan.choice, plan.config
+    found: dict[str, Any] = {}
+    if choice.engine != config.engine:
+        found["engine"] = choice.engine.model_dump(exclude_defaults=True) | {"name": choice.engine.name}
+    if choice.remat != config.remat:
+        found["remat"] = {"policy": choice.remat.policy}
+    if choice.micro_batch_size != config.data.batch_size // plan.machine.gpus // config.data.accumulation(
+        plan.machine.gpus
+    ):
+        found["data"] = {"micro_batch_size": choice.micro_batch_size}
+    return found
+
+
+def engine_words(engine: EngineSection) -> str:
+    """`fsdp frozen=replicate`: the name, and what is not usual."""
+    said = engine.model_dump(exclude_defaults=True, exclude={"name"})
+    return " ".join([engine.name, *(f"{key}={value}" for key, value in said.items())])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """`peak_bytes` and `categories` are those of the configuration as it is, per rank."""
+    own = plan.own
+    return {
+        "config": plan.name,
+        "gpus": plan.machine.gpus,
+        "nodes": plan.machine.nodes,
+        "gpu": plan.machine.gpu.name,
+        "gpu_memory_bytes": plan.machine.gpu.memory,
+        **_option_json(plan, own),
+        "classes": plan.classes,
+        "options": [_option_json(plan, option) for option in plan.options],
+        "choice": _option_json(plan, plan.choice),
+        "reason": plan.reason,
+        "delta": delta(plan),
+    }
+
+
+def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
+    peak = option.footprint.peak
+    cheapest = min(each.step_s for each in plan.options)
+    return {
+        "engine": option.engine.model_dump(),
+        "remat": option.remat.policy,
+        "micro_batch_size": option.micro_batch_size,
+        "micro_batches": option.micro_batches,
+        "fits": plan.fits(option),
+        "peak_bytes": option.footprint.peak_bytes,
+        "categories": plain(peak.bytes),
+        "peak": {"phase": peak.phase.value, "block": peak.block, "module": peak.module},
+        "estimated_bytes": option.estimated,
+        "needed_bytes": option.bytes,
+        "largest_micro_batch": option.largest,
+        "wire_bytes": option.share.wire_bytes,
+        "between_nodes_bytes": option.share.between_nodes_bytes,
+        "host_bytes": option.share.host_bytes,
+        "relative_step": option.step_s / cheapest,
+    }
+
+
+def _between(one: Bytes, two: Bytes, slope: float) -> dict[Category, int]:
+    found: Counter[Category] = Counter()
+    for category in {*one, *two}:
+        first = one.get(category, 0)
+        found[category] = max(round(first + slope * (two.get(category, 0) - first)), 0)
+    return dict(found)
