@@ -25,29 +25,38 @@ class Visit:
     entered: tuple[str, ...]  # units of this pass (forward or backward) up to here, this one included, in order
     first: bool  # no backward came before this pass: the gradients are of this micro-batch alone
     last: bool  # no forward comes after it: the gradients of this pass are reduced
-    before: Bytes  # at the visit before, in the same pass
+    before: Moment | None  # the visit before, in the same pass
 
     @property
     def gradients(self) -> int:
         """Bytes of the whole model's, at this visit."""
         return self.moment.bytes.get(Category.GRADIENTS, 0)
 
+    @property
+    def gradients_before(self) -> int:
+        return self.before.bytes.get(Category.GRADIENTS, 0) if self.before else 0
+
+    @property
+    def enters(self) -> bool:
+        """Whether the visit before was to another block."""
+        return self.before is None or self.before.block != self.moment.block
+
 
 def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
     blocks, kind, passes = set(job.blocks), "", 0
     entered: tuple[str, ...] = ()
-    before: Bytes = {}
+    before: Moment | None = None
     final = max((i for i, m in enumerate(whole.moments) if m.phase == Phase.FORWARD), default=-1)
     for i, moment in enumerate(whole.moments):
         now = "backward" if moment.phase in BACKWARD else moment.phase.value
         if now != kind:
-            kind, entered, before = now, (), {}
+            kind, entered, before = now, (), None
             passes += now == "backward"
         unit = moment.block if moment.block in blocks else OUTSIDE
         if unit not in entered:
             entered = (*entered, unit)
         yield Visit(moment, unit, entered, passes <= 1, i > final, before)
-        before = moment.bytes
+        before = moment
 
 
 def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:

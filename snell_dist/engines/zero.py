@@ -386,8 +386,7 @@ def _reduced(visit: Visit, bucket: int) -> bool:
 
     How far a later micro-batch's gradients have come cannot be seen: where they fill buckets, it may be in any visit.
     """
-    before = visit.before.get(Category.GRADIENTS, 0)
-    full = visit.gradients // bucket > (before // bucket if visit.first else 0)
+    full = visit.gradients // bucket > (visit.gradients_before // bucket if visit.first else 0)
     return at_the_end(visit) or full
 
 

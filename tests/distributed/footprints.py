@@ -67,13 +67,14 @@ class Alive(TorchDispatchMode):
                 self._made[storage] = True
 
     def enter(self, phase: str, block: str, model: nn.Module) -> None:
-        self.moments.append({"phase": phase, "block": block, "highest": 0, "left": 0, "gradients": 0, "module": model})
+        self.moments.append({"phase": phase, "block": block, "highest": 0, "gradients": 0, "module": model})
         self._look()
+        here = self.moments[-1]
+        here |= {"start": here["highest"], "gradients_at_start": here["gradients"]}
 
     def _look(self) -> None:
         if self.moments:
             here, live = self.moments[-1], sum(storage.nbytes() for storage in self._made)
-            here["left"] = live
             if live > here["highest"]:
                 here |= {"highest": live, "gradients": gradient_bytes(here["module"])}
 

@@ -154,20 +154,16 @@ def footprint(one: dict[str, Any], recomputes: bool) -> Footprint:
     inputs, moments = one["moments"][0]["highest"] - one["held"], []
     for seen in one["moments"][1:-1]:
         phase = Phase(seen["phase"])
-        here = held | {Category.GRADIENTS: seen["gradients"], Category.INPUTS: inputs}
-        rest = seen["highest"] - one["held"] - seen["gradients"] - inputs
-        kept = rest if phase != Phase.FORWARD else seen["left"] - sum(here.values())
-        here |= (
-            {Category.ACTIVATIONS: 0, Category.TEMPORARY: rest}
-            if phase == Phase.STEP
-            else {
-                Category.ACTIVATIONS: kept,
-                Category.TEMPORARY: rest - kept,
-            }
-        )
         if recomputes and phase == Phase.BACKWARD and seen["block"]:
             phase = Phase.RECOMPUTE
-        moments.append(Moment(phase, seen["block"], "", {c: size for c, size in here.items() if size}))
+        kind = Category.TEMPORARY if phase == Phase.STEP else Category.ACTIVATIONS
+
+        def split(live: int, gradients: int, kind: Category = kind) -> dict[Category, int]:
+            rest = live - one["held"] - inputs - gradients
+            return held | {Category.GRADIENTS: gradients, Category.INPUTS: inputs, kind: rest}
+
+        highest, start = split(seen["highest"], seen["gradients"]), split(seen["start"], seen["gradients_at_start"])
+        moments.append(Moment(phase, seen["block"], "", highest, start))
     return Footprint(moments, held, [])
 
 

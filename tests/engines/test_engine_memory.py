@@ -57,7 +57,8 @@ def whole() -> Footprint:
 
 def moment(phase: Phase, block: str, activations: int, gradients: int) -> Moment:
     here = {Category.ACTIVATIONS: activations, Category.TEMPORARY: 2_000_000, Category.GRADIENTS: gradients}
-    return Moment(phase, block, "", HELD_WHOLE | here)
+    start = HELD_WHOLE | {Category.ACTIVATIONS: activations - (ACTIVATIONS if phase == Phase.FORWARD else 0)}
+    return Moment(phase, block, "", HELD_WHOLE | here, start)
 
 
 def engine(name: str, **said: object) -> EngineSection:
