@@ -49,11 +49,12 @@ def standing_for(device_type: str, capability: tuple[int, int] = AMPERE) -> Iter
         yield
 
 
-def as_on(device_type: str, optimizer: torch.optim.Optimizer) -> None:
-    """Lets one of torch's optimizers of meta tensors go as by default on a device: on GPUs over all tensors at once."""
+def as_on(device_type: str, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Has an optimizer of meta tensors go as torch's do by default on a device: on GPUs over all tensors at once."""
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = device_type == "cuda"
+    return optimizer
 
 
 def _below(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
