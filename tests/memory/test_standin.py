@@ -285,6 +285,17 @@ def test_what_a_gpu_keeps_of_attention_is_linear_in_the_tokens(dtype: torch.dtyp
     assert kept[1] == pytest.approx(2 * kept[0], abs=32)
 
 
+@pytest.mark.parametrize(("stands", "bytes_each"), [("cpu", 4), ("cuda", 1)])
+def test_dropout_keeps_a_mask_as_the_device_does(stands: str, bytes_each: int) -> None:
+    x, saved = torch.randn(64, 64, device="meta", requires_grad=True), Saved()
+    with standing_for(stands), saved.counted():
+        F.dropout(x, 0.1).sum().backward()
+        assert saved.bytes == 64 * 64 * bytes_each
+        F.dropout(x, 0.1, training=False)
+        F.dropout(x, 0.0)
+    assert saved.bytes == 64 * 64 * bytes_each
+
+
 def test_heads_are_joined_by_a_view() -> None:
     for stands, capability in (("cpu", AMPERE), ("cuda", AMPERE), ("cuda", HOPPER)):
         qkv = torch.randn(2, 17, 3, 4, 16, device="meta", dtype=HALF).permute(2, 0, 3, 1, 4)
