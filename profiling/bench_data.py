@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import environment
+from demo import environment
 from PIL import Image
 from torch.nn import functional as F
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import environment, where_run
+from demo import environment, where_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

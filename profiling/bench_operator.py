@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import environment
+from demo import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

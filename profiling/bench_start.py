@@ -30,7 +30,7 @@ from typing import Any
 
 import timm
 import torch
-from compare import environment, where_run
+from demo import environment, where_run
 from safetensors.torch import save_file
 
 from snell_dist import dist, meeting

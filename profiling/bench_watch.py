@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import environment, where_run
+from demo import environment, where_run
 
 from snell_dist import dist, heartbeat
 from snell_dist.build import build

@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 import torch
-from compare import environment, where_run
+from demo import environment, where_run
 from torch import Tensor
 
 from snell_dist import log

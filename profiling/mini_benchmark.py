@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mini_tasks
-from compare import environment, where_run
+from demo import environment, where_run
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = "1.0e-3", "3.0e-3", "1.0e-2", "3.0e-2", "1.0e-1", "3.0e-1"

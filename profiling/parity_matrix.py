@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import environment, where_run
+from demo import environment, where_run
 from safetensors.torch import load_file
 
 from snell_dist.doctor import parity

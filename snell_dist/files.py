@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """The whole new text or the old one, whatever happens meanwhile."""
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """The whole new content or the old one, whatever happens meanwhile."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)

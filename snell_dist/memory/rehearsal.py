@@ -30,7 +30,7 @@ from snell_dist.tasks import Task
 CLASSES = 1000  # of a classifier, where the data does not say without a look at it
 LR = 1e-6
 
-OptimizerChanger = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
+OptimizerChanger = Callable[[torch.optim.Optimizer], None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def prepare(
     micro_batch_size: int = 1,
     accumulation: int = 1,
     engine: EngineSection | None = None,
-    change: OptimizerChanger = lambda optimizer: optimizer,
+    change: OptimizerChanger = lambda optimizer: None,
 ) -> Rehearsal:
     """Everything of a step on a device. `engine`: in place of the configuration's; `change`: the optimizer's settings.
 
@@ -104,8 +104,7 @@ def prepare(
     with torch.device("meta") if device.type == "meta" else nullcontext():
         backbone = config.task.build(section, splits)
         config.method.inject(backbone)
-    if backbone.tokenize is not None:  # which may need the hub
-        context = int(backbone.model.context_length)  # type: ignore[arg-type]
+    if context := getattr(backbone.model, "context_length", None):  # the true tokenizer may need the hub
         backbone = replace(backbone, tokenize=lambda texts: torch.zeros(len(texts), context, dtype=torch.int64))
     task = config.task.prepare(backbone, splits)
     trainable = config.method.trainable(backbone)
@@ -115,7 +114,9 @@ def prepare(
     remat.apply(config.remat, backbone.block_modules)
 
     def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return change(optim.make_optimizer(config.optim, named))
+        optimizer = optim.make_optimizer(config.optim, named)
+        change(optimizer)
+        return optimizer
 
     work = Work(
         model=backbone.model,

@@ -16,9 +16,8 @@ from typing import Any
 from snell_dist import run_folder
 from snell_dist.adapter import read_tensors
 from snell_dist.config import UserError, first_line
-from snell_dist.report import charts
+from snell_dist.report import _template, charts
 
-TEMPLATE = Path(__file__).parent / "page.html"
 OTHERS = "take it away, or name the folders of the others"
 LABELLED = 12  # classes: up to so many have a table of numbers
 PAIRS = 8  # most confused pairs named
@@ -47,17 +46,10 @@ def write(folders: Sequence[Path], out: Path) -> int:
 
     Raises UserError where a folder holds none or a run's file is damaged, or the template's library is missing.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("report: jinja2 is not installed: pip install 'snell_dist[report]'") from None
+    template = _template.template("page.html")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder is not there'}; name a file")
     shown = [_shown(number, _read(folder, folders)) for number, folder in enumerate(find(folders))]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         title=" and ".join(str(folder) for folder in folders),
         tables=_tables(folders),

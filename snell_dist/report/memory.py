@@ -1,0 +1,313 @@
+"""Memory reports: one HTML page that needs nothing else, and the same figures as CSV, PNG and Markdown.
+
+The page shows which categories the peak is made of, how it grows, one step along its time line, the layers that hold
+the bytes at the peak, memory against what trains, and a table of every figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snell_dist.config import UserError
+from snell_dist.files import write_atomic
+from snell_dist.footprint import Bytes, Category, Footprint, Moment, Owner
+from snell_dist.memory.gpus import GIB, MIB, in_words
+from snell_dist.report import _template
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+CARDS_GIB = (16, 24, 40, 80, 141)  # memories of GPUs that people have
+OWNERS = 8  # named under a time line
+COLOURS = {  # on light and on dark paper, and apart for the colour-blind too
+    Category.FROZEN: "#717288",
+    Category.TRAINABLE: "#0c50c7",
+    Category.BUFFERS: "#e4c4ec",
+    Category.GRADIENTS: "#47aefe",
+    Category.OPTIMIZER: "#2ea167",
+    Category.INPUTS: "#9f4500",
+    Category.ACTIVATIONS: "#eca705",
+    Category.ADAPTER: "#fb4c0d",
+    Category.TEMPORARY: "#c884ba",
+    Category.GATHERED: "#7e2d85",
+    Category.COMMUNICATION: "#a7e38f",
+}
+LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")  # contenders: Tol's bright scheme
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: its labels (the same keys in every row of a page) and its bytes, on one device.
+
+    `predicted` or `measured` or both; `beyond`: bytes that only a GPU shows, an estimate apart from the footprint;
+    `figures`: more columns, by their heading, which names the unit.
+    """
+
+    labels: Mapping[str, str | int]
+    trainable: int
+    predicted: Footprint | None = None
+    measured: Footprint | None = None
+    beyond: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.found:
+            raise ValueError(f"{dict(self.labels)} has neither a prediction nor a measurement")
+
+    @property
+    def found(self) -> dict[str, Footprint]:
+        both = {"predicted": self.predicted, "measured": self.measured}
+        return {source: footprint for source, footprint in both.items() if footprint is not None}
+
+    @property
+    def peak_bytes(self) -> int:
+        """As measured, where it was."""
+        return (self.measured or self.predicted).peak_bytes  # type: ignore[union-attr]  # one is there
+
+    @property
+    def error(self) -> float | None:
+        """Of the predicted peak, relative to the measured one; signed. None without both."""
+        if self.predicted is None or self.measured is None:
+            return None
+        return self.predicted.peak_bytes / self.measured.peak_bytes - 1
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page says. `ran`: what ran, where and when: date, machine, versions, command.
+
+    `series`: the label that tells the contenders apart; `over`: the label with numbers along which memory grows;
+    `against`: the figure (a heading of Row.figures, less is better) that memory is weighed against, or None for the
+    trainable parameters (more is better). The first row's labels are what the page shows first.
+    """
+
+    title: str
+    ran: Mapping[str, str]
+    sentences: Sequence[str]
+    rows: Sequence[Row]
+    series: str
+    over: str
+    config: str
+    notes: Sequence[str] = ()
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        keys = {tuple(row.labels) for row in self.rows}
+        if len(keys) != 1 or not {self.series, self.over} <= set(*keys):
+            raise ValueError(f"every row needs the same labels, {self.series} and {self.over} among them: {keys}")
+
+    @property
+    def filters(self) -> dict[str, list[str | int]]:
+        """The values of the labels, but for the contenders' own, that are not the same in all rows."""
+        found = {label: list(dict.fromkeys(row.labels[label] for row in self.rows)) for label in self.rows[0].labels}
+        return {label: values for label, values in found.items() if len(values) > 1 and label != self.series}
+
+    @property
+    def shown(self) -> list[Row]:
+        """The contenders under the first row's other labels."""
+        return self.alike(self.rows[0])
+
+    def alike(self, row: Row, but: Sequence[str] = ()) -> list[Row]:
+        """Rows with the same filters, but for these."""
+        fixed = [label for label in self.filters if label not in but]
+        return [other for other in self.rows if all(other.labels[f] == row.labels[f] for f in fixed)]
+
+
+def write(page: Page, out: Path) -> list[Path]:
+    """Writes OUT.html, OUT.csv, OUT.png and OUT.md, and returns them. UserError where a library is missing."""
+    from snell_dist.report import _memory_picture
+
+    html, table, picture, text = (out.with_suffix(ending) for ending in (".html", ".csv", ".png", ".md"))
+    contents: dict[Path, str | bytes] = {
+        html: _html(page),
+        table: _csv(page),
+        picture: _memory_picture.draw(page),
+        text: _markdown(page, picture.name),
+    }
+    for file, content in contents.items():
+        write_atomic(file, content)
+    return list(contents)
+
+
+def fits_on(count: int) -> int | None:
+    """The smallest of CARDS_GIB that holds so many bytes; None where none does."""
+    return next((card for card in CARDS_GIB if count <= card * GIB), None)
+
+
+def where(moment: Moment) -> str:
+    return ", ".join(filter(None, (moment.phase.value, moment.block)))
+
+
+# The page.
+
+
+def _html(page: Page) -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("report: plotly is not installed: pip install 'snell_dist[report]'") from None
+    present = [
+        c for c in Category if any(m.bytes.get(c) for row in page.rows for f in row.found.values() for m in f.moments)
+    ]
+    entries = [_entry(row, source, present) for row in page.rows for source in row.found]
+    return _template.template("memory.html").render(
+        page=page,
+        sentences=[_bold(sentence) for sentence in page.sentences],
+        sources=sorted({source for row in page.rows for source in row.found}),
+        head=_head(page, present),
+        lines=[_line(page, row, source, present) for row in page.rows for source in row.found],
+        legend=[(c.value, COLOURS[c]) for c in present],
+        plotly=get_plotlyjs(),
+        data={
+            "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
+            "cards": CARDS_GIB,
+            "lines": LINES,
+            "series": page.series,
+            "over": page.over,
+            "against": page.against,
+            "filters": page.filters,
+            "chosen": page.rows[0].labels,
+            "entries": entries,
+        },
+    )
+
+
+def _bold(sentence: str) -> Markup:
+    """With its figures emphasised."""
+    from markupsafe import Markup, escape
+
+    figure = r"\d(?:[\d,.]*\d)?(?:\s?(?:GiB|MiB|%|×))"
+    bold = re.sub(figure, lambda found: f"<b>{found.group().replace(' ', chr(160))}</b>", str(escape(sentence)))
+    return Markup(bold)
+
+
+def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]:
+    """What the page's script draws of one footprint: bytes as lists by category, the time line in MiB."""
+    footprint = row.found[source]
+    peak = footprint.peak
+    moments = footprint.moments
+    order = dict.fromkeys([m.block for m in moments] + [owner.block for owner in footprint.owners])
+    blocks = {name: i for i, name in enumerate(order)}
+    by_block = footprint.by_block
+    return {
+        "labels": row.labels,
+        "source": source,
+        "trainable": row.trainable,
+        "figures": row.figures,
+        "peak": _numbers(peak.bytes, present),
+        "held": sum(footprint.held.values()),
+        "at": {"moment": moments.index(peak), "words": where(peak), "module": peak.module},
+        "blocks": list(blocks),
+        "phases": [m.phase.value for m in moments],
+        "visits": [blocks[m.block] for m in moments],
+        "line": [_thin([round(m.bytes.get(c, 0) / MIB, 1) for m in moments]) for c in present],
+        "layers": [[i, _numbers(by_block[name], present)] for name, i in blocks.items() if name in by_block],
+        "owners": [[module, present.index(category), size] for (module, category), size in _owners(footprint)],
+    }
+
+
+def _owners(footprint: Footprint) -> list[tuple[tuple[str, Category], int]]:
+    """The largest at the peak, the same module of all blocks together: blocks.*.mlp.fc1 (12)."""
+    found: dict[tuple[str, Category], list[Owner]] = {}
+    for owner in footprint.owners:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", owner.module)
+        found.setdefault((pattern, owner.category), []).append(owner)
+    named = {
+        (f"{pattern} ({len(owners)})" if len(owners) > 1 else owners[0].module, category): sum(o.bytes for o in owners)
+        for (pattern, category), owners in found.items()
+    }
+    return sorted(named.items(), key=lambda item: -item[1])[:OWNERS]
+
+
+def _numbers(found: Bytes, present: Sequence[Category]) -> list[int]:
+    return [found.get(category, 0) for category in present]
+
+
+def _thin(values: list[float]) -> list[float] | float:
+    """One number where it is always the same: most categories stand still, and pages should be small."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+# A column of the table: its heading, and of each footprint a text and what it is sorted by.
+Cell = tuple[str, str | float]
+
+
+def _head(page: Page, present: Sequence[Category]) -> list[str]:
+    head = [
+        *page.rows[0].labels,
+        "source",
+        "trainable",
+        "peak",
+        "where",
+        "fits on",
+        "held",
+        *(c.value for c in present),
+    ]
+    head += page.rows[0].figures
+    return head + (["error"] if any(row.error is not None for row in page.rows) else [])
+
+
+def _line(page: Page, row: Row, source: str, present: Sequence[Category]) -> list[Cell]:
+    footprint = row.found[source]
+    peak = footprint.peak
+    card = fits_on(peak.total + row.beyond)
+    cells: list[Cell] = [(str(value), value) for value in row.labels.values()]
+    cells += [(source, source), (f"{row.trainable:,}", row.trainable)]
+    cells += [(in_words(peak.total), peak.total), (where(peak), where(peak))]
+    cells.append((f"{card} GiB", card) if card else (f"more than {CARDS_GIB[-1]} GiB", CARDS_GIB[-1] + 1))
+    cells.append((in_words(sum(footprint.held.values())), sum(footprint.held.values())))
+    for count in _numbers(peak.bytes, present):
+        cells.append((in_words(count) if count else "", count))
+    cells += [(f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}", value) for value in row.figures.values()]
+    if any(other.error is not None for other in page.rows):
+        cells.append((f"{row.error:+.2%}", row.error) if row.error is not None and source == "predicted" else ("", ""))
+    return cells
+
+
+# The same as text.
+
+
+def _csv(page: Page) -> str:
+    stream = io.StringIO()
+    table = csv.writer(stream, lineterminator="\n")
+    by_category = [f"{category.value.replace(' ', '_')}_bytes" for category in Category]
+    peak_columns = ["peak_bytes", "peak_phase", "peak_block", "peak_module", "fits_on_gib", "held_bytes"]
+    labels, figures = list(page.rows[0].labels), list(page.rows[0].figures)
+    table.writerow([*labels, "source", "trainable_parameters", *peak_columns, *by_category, "beyond_bytes", *figures])
+    for row in page.rows:
+        for source, footprint in row.found.items():
+            peak = footprint.peak
+            at = [peak.total, peak.phase.value, peak.block, peak.module, fits_on(peak.total + row.beyond)]
+            counts = _numbers(peak.bytes, list(Category))
+            held = sum(footprint.held.values())
+            ends = [row.beyond, *row.figures.values()]
+            table.writerow([*row.labels.values(), source, row.trainable, *at, held, *counts, *ends])
+    return stream.getvalue()
+
+
+def _markdown(page: Page, picture: str) -> str:
+    """The findings, and the peaks of the contenders side by side."""
+    names = list(dict.fromkeys(str(row.labels[page.series]) for row in page.rows))
+    lines: dict[tuple[str | int, ...], dict[str, str]] = {}
+    for row in page.rows:
+        key = tuple(row.labels[label] for label in page.filters)
+        error = f" (predicted {row.error:+.1%})" if row.error is not None else ""
+        lines.setdefault(key, {})[str(row.labels[page.series])] = in_words(row.peak_bytes) + error
+    table = [[*page.filters, *names], ["---"] * len(page.filters) + ["---:"] * len(names)]
+    table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in lines.items()]
+    parts = [
+        f"# {page.title}",
+        "\n".join(f"- {sentence}" for sentence in page.sentences),
+        f"![{page.title}]({picture})",
+        "Peak of one step on one device:",
+        "\n".join(f"| {' | '.join(cells)} |" for cells in table),
+        *page.notes,
+        "\n".join(f"- {name}: {text}" for name, text in page.ran.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
