@@ -6,11 +6,12 @@ parameters are sharded, what an engine hands out is whole: `gradients` and `weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from snell_dist.config import Section
+from snell_dist.footprint import Footprint, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +123,29 @@ def rest(work: Work) -> list[nn.Module]:
     return [module for module in work.model.modules() if id(module) not in inside]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What an engine's share of the memory depends on, besides one process's footprint."""
+
+    weights: Sequence[Weight]  # of the whole model, in the model's order
+    blocks: Sequence[str]  # the unit of sharding, in the order of forward
+    ranks: int
+    per_node: int  # ranks of one node, which are neighbours
+    micro_batches: int  # of a step
+    device_type: str  # cuda, cpu
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank needs: of all ranks the one that holds most, which is the first where parts are unequal."""
+
+    footprint: Footprint  # the same time line, with what the engine holds, gathers and sends in it
+    wire_bytes: int  # that the rank sends in a step, by rings
+    between_nodes_bytes: int  # of these, by rings that leave the node: what its last rank sends over the network
+    host_bytes: int  # of its host's memory, where the engine keeps something there and not on the device
+    messages: int  # collectives of a step
+
+
 class EngineSection(Section):
     """What every engine says."""
 
@@ -134,4 +158,8 @@ class EngineSection(Section):
 
     def prepare(self, work: Work) -> Engine:
         """ConfigError where the engine cannot do this work, or where its library is missing."""
+        raise NotImplementedError
+
+    def share(self, whole: Footprint, job: Job) -> Share:
+        """One rank's share of a job. whole: of one process that has all of the model and a rank's micro-batch."""
         raise NotImplementedError

@@ -11,13 +11,16 @@ are gathered as they are stored.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from snell_dist import dist, meeting
 from snell_dist.config import ConfigError, Problem
-from snell_dist.engines import Engine, EngineSection, Work, rest
+from snell_dist.engines import Engine, EngineSection, Job, Share, Work, rest
+from snell_dist.engines._shares import BACKWARD, Visit, Wire, along, by_group, higher, states, step_temporaries, units
+from snell_dist.footprint import OUTSIDE, Bytes, Category, Footprint, Phase, Weight, total
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,3 +99,137 @@ class Fsdp(EngineSection):
             return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
         shape = (self.replicas, world // self.replicas)
         return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def share(self, whole: Footprint, job: Job) -> Share:
+        """As torch 2.14 has it; the unit of the rest is resharded like a block, since `reshard` is said for it, too.
+
+        A gather fills one buffer and is copied out of it. In forward the buffer stays until the next one has been
+        copied out of, in backward it goes, and the next block's is filled already. A block's whole gradients go when
+        they are copied into the input of a reduce-scatter, which stays until the next block's.
+        """
+        ranks = job.ranks // self.replicas
+        parts = {name: _Unit.of([w for w in own if self._shards(w)], ranks) for name, own in units(job).items()}
+        local = sum(unit.local for unit in parts.values())
+        sharded = [w for w in job.weights if self._shards(w)]
+        trained = [w for group in by_group(w for w in job.weights if w.trains) for w in group]
+        loose = [w for w in trained if not self._shards(w)]
+        steps = [_padded(w, ranks) // ranks if self._shards(w) else w.bytes for w in trained]
+        away = self.frozen == "offload" and job.device_type != "cpu"  # else the device is the host
+        held = {
+            Category.FROZEN: self._left(whole, Category.FROZEN, [w for w in sharded if not w.trains], ranks, away),
+            Category.TRAINABLE: self._left(whole, Category.TRAINABLE, [w for w in sharded if w.trains], ranks, away),
+            Category.OPTIMIZER: states(whole, total(trained), sum(steps)),
+        }
+        stepped = held[Category.OPTIMIZER]
+        if away:
+            held[Category.OPTIMIZER] = 0
+        def change(visit: Visit) -> Bytes:
+            if visit.moment.phase == Phase.STEP:
+                mine = total(loose) + (0 if away else sum(unit.gradients for unit in parts.values()))
+                return held | {
+                    Category.GRADIENTS: mine,
+                    Category.TEMPORARY: 0 if away else step_temporaries(visit, job, [w.bytes for w in trained], steps),
+                }
+            reduced = self._reduced(visit)
+            done = sum(parts[name].trains for name in reduced)
+            shards = 0 if away else sum(parts[name].gradients for name in reduced)
+            sending = [name for name in reduced if parts[name].trains][-1:]
+            here = held | {
+                Category.GATHERED: self._gathered(visit, job, parts),
+                Category.GRADIENTS: max(visit.gradients - done, 0) + shards,
+                Category.COMMUNICATION: sum(parts[name].padded_trains for name in sending),
+            }
+            return higher(visit, here, here | self._gathering(visit, here, parts))
+
+        host = local + stepped + sum(unit.gradients for unit in parts.values()) if away else 0
+        return self._wire(whole, job, parts, loose).share(along(whole, job, change, held), host)
+
+    def _shards(self, weight: Weight) -> bool:
+        return len(weight.shape) > 0 and (weight.trains or self.frozen != "replicate")
+
+    def _left(self, whole: Footprint, category: Category, divided: list[Weight], ranks: int, away: bool) -> int:
+        """What a rank holds of a category of parameters."""
+        kept = 0 if away else sum(_padded(w, ranks) // ranks for w in divided)
+        return whole.held.get(category, 0) - total(divided) + kept
+
+    def _reduced(self, visit: Visit) -> list[str]:
+        """The units whose gradients are reduced before this visit, in that order; the rest is the last one."""
+        return [u for u in visit.entered[:-1] if u != OUTSIDE and u != visit.unit] if self._reduces(visit) else []
+
+    @staticmethod
+    def _reduces(visit: Visit) -> bool:
+        return visit.last and visit.moment.phase in BACKWARD
+
+    def _gathered(self, visit: Visit, job: Job, parts: dict[str, _Unit]) -> int:
+        """Whole parameters at a visit, and the buffers that they are gathered in."""
+        there = parts[OUTSIDE].padded
+        blocks = [u for u in visit.entered if u != OUTSIDE]
+        if visit.moment.phase == Phase.FORWARD:
+            here = parts[blocks[-1]] if blocks else parts[OUTSIDE]
+            kept = blocks if not self.reshard else blocks[-1:] if visit.unit != OUTSIDE else []
+            return there + sum(parts[u].padded for u in kept) + here.buffer
+        left = [u for u in job.blocks if u not in blocks]
+        if not self.reshard:
+            return there + sum(parts[u].padded for u in (*left, visit.unit) if u != OUTSIDE)
+        ahead = parts[left[-1]].buffer if left else 0
+        return there + (parts[visit.unit].padded if visit.unit != OUTSIDE else 0) + ahead
+
+    def _gathering(self, visit: Visit, here: Bytes, parts: dict[str, _Unit]) -> Bytes:
+        """What is otherwise when a block of forward has just been gathered: nothing of it is computed yet."""
+        blocks = [u for u in visit.entered if u != OUTSIDE]
+        if visit.moment.phase != Phase.FORWARD or visit.unit == OUTSIDE:
+            return {}
+        previous = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
+        saved = visit.before.get(Category.ACTIVATIONS, 0)
+        return {
+            Category.GATHERED: here[Category.GATHERED] + previous.buffer,
+            Category.ACTIVATIONS: min(saved, visit.moment.bytes.get(Category.ACTIVATIONS, 0)),
+            Category.ADAPTER: 0,
+            Category.TEMPORARY: 0,
+        }
+
+    def _wire(self, whole: Footprint, job: Job, parts: dict[str, _Unit], loose: list[Weight]) -> Wire:
+        ranks, wire = job.ranks // self.replicas, Wire(job)
+        backward = {m.block if m.block in parts else OUTSIDE for m in whole.moments if m.phase in BACKWARD}
+        for name, unit in parts.items():
+            again = self.reshard and name in backward
+            wire.gather(unit.padded, ranks, times=job.micro_batches * (2 if again else 1))
+            wire.gather(unit.padded_trains, ranks)
+            wire.all_reduce(unit.gradients, self.replicas, apart=ranks)
+        for weight in loose:
+            wire.all_reduce(weight.bytes, job.ranks)
+        return wire
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Bytes of what is sharded together among `ranks`. Each parameter is padded on dim 0 to a multiple of them."""
+
+    ranks: int
+    trains: int
+    padded: int
+    padded_trains: int
+
+    @classmethod
+    def of(cls, weights: list[Weight], ranks: int) -> _Unit:
+        trained = [w for w in weights if w.trains]
+        return cls(ranks, total(trained), *(sum(_padded(w, ranks) for w in some) for some in (weights, trained)))
+
+    @property
+    def local(self) -> int:
+        return self.padded // self.ranks
+
+    @property
+    def gradients(self) -> int:
+        """Of a rank's part."""
+        return self.padded_trains // self.ranks
+
+    @property
+    def buffer(self) -> int:
+        """That a gather fills; one rank alone gathers nothing."""
+        return self.padded if self.ranks > 1 else 0
+
+
+def _padded(weight: Weight, ranks: int) -> int:
+    rows = weight.shape[0]
+    return -(-rows // ranks) * ranks * (weight.bytes // rows)

@@ -25,8 +25,21 @@ from pydantic import Field, model_validator
 
 from snell_dist import dist, heartbeat, log, meeting
 from snell_dist.config import ConfigError, Problem, first_line
-from snell_dist.engines import Engine, EngineSection, Saved, Unit, Work, rest
+from snell_dist.engines import Engine, EngineSection, Job, Saved, Share, Unit, Work, rest
 from snell_dist.engines._deepspeed_keys import check_extra
+from snell_dist.engines._shares import (
+    BACKWARD,
+    Visit,
+    Wire,
+    along,
+    at_the_end,
+    by_group,
+    ended_backward,
+    states,
+    step_temporaries,
+    units,
+)
+from snell_dist.footprint import Bytes, Category, Footprint, Phase, Weight, total
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +52,11 @@ BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a reco
 LEAST_IN_BUCKET, MOST_IN_BUCKET = 1 << 20, 50_000_000  # elements; smaller messages cost latency, not bytes
 ALIGNED = 1024  # elements of a bucket are a multiple of it
 BUCKETS = 4  # so many at least, that are reduced while backward goes on
+# DeepSpeed's own would gather 5e7 numbers ahead and keep what the next 1e9 use again: twice all of a ViT-H.
+LAYER_BY_LAYER = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+PERSISTENT = 100_000  # DeepSpeed's own: parameters of so many numbers stay whole on every rank
+MOST_LIVE = 4_000_000_000  # bytes of 1e9 numbers, which DeepSpeed gathers at most
+MOST_TOGETHER = 500_000_000  # numbers that stage 0 reduces at once
 
 
 class Zero(EngineSection):
@@ -107,12 +125,12 @@ class Zero(EngineSection):
 
     def derived(self, work: Work) -> dict[str, Any]:
         """DeepSpeed's configuration of this work."""
-        sizes = [p.numel() for p in work.model.parameters() if p.requires_grad]
-        bucket = max(min(sum(sizes) // BUCKETS, MOST_IN_BUCKET), LEAST_IN_BUCKET, *sizes)
-        bucket = -(-bucket // ALIGNED) * ALIGNED
+        bucket = bucket_numbers([p.numel() for p in work.model.parameters() if p.requires_grad])
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-        if self.stage == 3:  # else DeepSpeed puts a product of its own in place of torch's, which rounds differently
+        if self.stage == 3:
+            # DeepSpeed would put a product of its own in place of torch's, which rounds differently.
             zero["memory_efficient_linear"] = False
+            zero |= LAYER_BY_LAYER
         place = {"device": "nvme", "nvme_path": self.nvme_path} if self.nvme_path else {"device": "cpu"}
         if work.device.type == "cuda":
             place["pin_memory"] = True  # type: ignore[assignment]
@@ -136,6 +154,140 @@ class Zero(EngineSection):
         config["zero_optimization"] = zero | extra.pop("zero_optimization", {})
         return config | extra
 
+    def share(self, whole: Footprint, job: Job) -> Share:
+        """As DeepSpeed 0.19 has it with the configuration that is `derived`."""
+        return (self._share0, self._share12, self._share12, self._share3)[self.stage](whole, job)
+
+    def _share0(self, whole: Footprint, job: Job) -> Share:
+        """All gradients are copied into one flat tensor, which is reduced after the last backward."""
+        trains, wire = total(job.weights, trains=True), Wire(job)
+        together = min(trains, 4 * MOST_TOGETHER)
+        wire.all_reduce(trains, job.ranks, times=1)
+
+        def change(visit: Visit) -> Bytes:
+            return {Category.COMMUNICATION: together} if at_the_end(visit) else {}
+
+        return wire.share(along(ended_backward(whole), job, change, {}))
+
+    def _share12(self, whole: Footprint, job: Job) -> Share:
+        """What trains lies in flat tensors, of which a rank has its part once more, to step it.
+
+        A bucket is there while backward runs, and what is in it is copied to be reduced. The gradients of parameters
+        that are in a rank's part, or reach into it, are then kept whole. In stage 1 that comes after the last backward.
+        """
+        flat = _Flat.of(job)
+        away = self.offload_optimizer and job.device_type != "cpu"  # else the device is the host
+        stepped = states(whole, flat.trains, flat.part) + flat.part
+        several = job.micro_batches > 1
+        hosted = 0  # gradients, what is sent back, a buffer, gradients of earlier micro-batches
+        if self.offload_optimizer:
+            hosted = 2 * flat.part + flat.largest + (flat.reaching if several else 0)
+        held = {
+            Category.TRAINABLE: whole.held.get(Category.TRAINABLE, 0) - flat.trains + flat.whole,
+            Category.OPTIMIZER: 0 if away else stepped,
+            Category.COMMUNICATION: (flat.largest if self.offload_optimizer else 0) + (0 if away else hosted),
+        }
+        bucket = 4 * self._said("reduce_bucket_size", bucket_numbers(flat.numbers))
+        kept = 0 if self.offload_optimizer else flat.reaching
+
+        def change(visit: Visit) -> Bytes:
+            moment, gradients = visit.moment, visit.gradients
+            sending = held[Category.COMMUNICATION]
+            if moment.phase == Phase.STEP:
+                mine = 0 if self.offload_optimizer else kept + max(flat.parts)
+                temporaries = step_temporaries(visit, job, flat.sizes, [max(flat.parts)])
+                return held | {Category.GRADIENTS: mine, Category.TEMPORARY: 0 if away else temporaries}
+            if moment.phase not in BACKWARD:
+                return held | {Category.GRADIENTS: kept if several and self.stage == 2 and gradients else gradients}
+            if self.stage == 1 and not at_the_end(visit):
+                return held | {Category.COMMUNICATION: sending + bucket}
+            if self.stage == 1:
+                left = max(flat.trains - bucket, 0)
+                copied = max(min(flat.trains, bucket), kept if left else 0)
+                return held | {Category.GRADIENTS: left, Category.COMMUNICATION: sending + bucket + copied}
+            begun = gradients > bucket or not visit.first
+            return held | {
+                Category.GRADIENTS: kept if begun else 0,
+                Category.COMMUNICATION: sending + bucket + (min(flat.trains, bucket) if _reduced(visit, bucket) else 0),
+            }
+
+        wire = Wire(job)
+        wire.all_reduce(flat.trains, job.ranks, times=job.micro_batches if self.stage == 2 else 1)
+        for size in flat.wholes:
+            wire.gather(size, job.ranks)
+        host = stepped + hosted if away else 0
+        return wire.share(along(ended_backward(whole), job, change, held), host)
+
+    def _share3(self, whole: Footprint, job: Job) -> Share:
+        """A layer's parameters are gathered when it runs; in recomputation a block's stay until its backward is over.
+
+        The bucket and a rank's part of the gradient are there for good, and so are small parameters, but for the step.
+        """
+        ranks, parts = job.ranks, units(job)
+        persistent = self._said("stage3_param_persistence_threshold", PERSISTENT)
+        trained = [w for w in job.weights if w.trains]
+        frozen = sum(_part3(w, ranks) for w in job.weights if not w.trains)
+        trains = sum(_part3(w, ranks) for w in trained)
+        small = total(w for w in job.weights if w.numbers <= persistent)
+        groups = by_group(trained)
+        flat = [sum(_part3(w, ranks) for w in group) for group in groups]
+        whole_trains, stepped = total(trained), states(whole, total(trained), trains) + trains
+        bucket = 4 * self._said("reduce_bucket_size", bucket_numbers([w.numbers for w in trained]))
+        on_cpu = job.device_type == "cpu"  # then the device is the host
+        weights_away, steps_away = self.frozen == "offload" and not on_cpu, self.offload_optimizer and not on_cpu
+        more = trains if self.offload_optimizer else 0  # the gradient that the optimizer is given
+        held = {
+            Category.FROZEN: whole.held.get(Category.FROZEN, 0)
+            - total(job.weights, trains=False)
+            + (0 if weights_away else frozen),
+            Category.TRAINABLE: 0 if weights_away else trains,
+            Category.OPTIMIZER: 0 if steps_away else stepped,
+            Category.GRADIENTS: 0 if steps_away else trains + more,
+            Category.GATHERED: small,
+            Category.COMMUNICATION: bucket,
+        }
+        layers = {name: _layers(own, persistent) for name, own in parts.items()}
+        recomputed = {m.block for m in whole.moments if m.phase == Phase.RECOMPUTE}
+        ahead = 4 * self._said("stage3_prefetch_bucket_size", 0)
+        large = total(job.weights) - small
+
+        def change(visit: Visit) -> Bytes:
+            moment = visit.moment
+            if moment.phase == Phase.STEP:
+                temporaries = step_temporaries(visit, job, [w.bytes for group in groups for w in group], [max(flat)])
+                return held | {
+                    Category.GATHERED: 0,
+                    Category.GRADIENTS: held[Category.GRADIENTS] + (0 if self.offload_optimizer else max(flat)),
+                    Category.TEMPORARY: 0 if steps_away else temporaries,
+                }
+            here = layers[visit.unit]
+            running = max((_gathered(layer) for layer in here), default=0)
+            if moment.phase in BACKWARD and visit.unit in recomputed:
+                running = total(w for layer in here for w in layer)
+            if ahead:
+                running = min(large, MOST_LIVE) + min(large, ahead)
+            reduced = ranks > 1 and moment.phase in BACKWARD and _reduced(visit, bucket)
+            return held | {
+                Category.GATHERED: small + (0 if at_the_end(visit) else running),
+                Category.COMMUNICATION: bucket + (min(whole_trains, bucket) if reduced else 0),
+            }
+
+        wire = Wire(job)
+        for weight in job.weights:
+            if weight.numbers <= persistent:
+                wire.gather(weight.bytes, ranks)
+        for name, here in layers.items():
+            passes = 1 + (name in {m.block for m in whole.moments if m.phase in BACKWARD}) + (name in recomputed)
+            for layer in here:
+                wire.gather(total(layer), ranks, times=job.micro_batches * passes)
+        wire.gather(whole_trains, ranks, times=job.micro_batches)
+        host = (frozen + trains if weights_away else 0) + (stepped + trains + more if steps_away else 0)
+        return wire.share(along(ended_backward(whole), job, change, held), host)
+
+    def _said(self, key: str, ours: int) -> int:
+        """What the user's DeepSpeed keys say, or we."""
+        return int(self.deepspeed_extra.get("zero_optimization", {}).get(key, ours))
+
     def _check(self, work: Work, version: str) -> None:
         from packaging.version import Version
 
@@ -156,6 +308,90 @@ class Zero(EngineSection):
         if self.stage == 3 and work.optim.ema_decay:
             message = "no moving average of what ZeRO-3 divides: use engine.name=fsdp, or engine.stage 0, 1 or 2"
             raise ConfigError(Problem("optim.ema_decay", message, work.optim.ema_decay))
+
+
+def bucket_numbers(trains: list[int]) -> int:
+    """The size of a bucket, for tensors of so many numbers that train."""
+    bucket = max(min(sum(trains) // BUCKETS, MOST_IN_BUCKET), LEAST_IN_BUCKET, *trains)
+    return -(-bucket // ALIGNED) * ALIGNED
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """What trains under stages 1 and 2: one flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
+
+    numbers: list[int]  # of each tensor
+    sizes: list[int]
+    wholes: list[int]  # of each group, padded
+    parts: list[int]  # of these, a rank's
+    reaching: int  # of the tensors that are in a rank's parts or reach into them, of the rank that has most
+
+    @classmethod
+    def of(cls, job: Job) -> _Flat:
+        groups = by_group([w for w in job.weights if w.trains])
+        aligned = 2 * job.ranks
+        wholes = [-(-sum(w.numbers for w in group) // aligned) * aligned for group in groups]
+        reaching = [0] * job.ranks
+        for group, size in zip(groups, wholes, strict=True):
+            begin, part = 0, size // job.ranks
+            for weight in group:
+                for rank in range(begin // part, (begin + weight.numbers - 1) // part + 1):
+                    reaching[rank] += weight.bytes
+                begin += weight.numbers
+        trained = [w for group in groups for w in group]
+        item = [group[0].bytes // group[0].numbers for group in groups]
+        return cls(
+            [w.numbers for w in trained],
+            [w.bytes for w in trained],
+            [size * i for size, i in zip(wholes, item, strict=True)],
+            [size * i // job.ranks for size, i in zip(wholes, item, strict=True)],
+            max(reaching),
+        )
+
+    @property
+    def trains(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def whole(self) -> int:
+        return sum(self.wholes)
+
+    @property
+    def part(self) -> int:
+        return sum(self.parts)
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+def _part3(weight: Weight, ranks: int) -> int:
+    """Bytes of a rank's part of a parameter under stage 3, the last one padded."""
+    return -(-weight.numbers // ranks) * (weight.bytes // weight.numbers)
+
+
+def _reduced(visit: Visit, bucket: int) -> bool:
+    """Whether a bucket of so many bytes is reduced in a visit of backward: when it is full, and at the end.
+
+    How far a later micro-batch's gradients have come cannot be seen: where they fill buckets, it may be in any visit.
+    """
+    before = visit.before.get(Category.GRADIENTS, 0)
+    full = visit.gradients // bucket > (before // bucket if visit.first else 0)
+    return at_the_end(visit) or full
+
+
+def _layers(weights: list[Weight], persistent: int) -> list[list[Weight]]:
+    """The parameters that one module gathers for itself, for each module that has some."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        if weight.numbers > persistent:
+            found.setdefault(weight.name.rpartition(".")[0], []).append(weight)
+    return list(found.values())
+
+
+def _gathered(layer: list[Weight]) -> int:
+    """While it runs: several parameters come in one buffer and are copied out of it."""
+    return total(layer) * (1 if len(layer) == 1 else 2)
 
 
 class ZeroEngine:

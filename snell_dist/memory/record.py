@@ -78,10 +78,10 @@ class Ledger(TorchDispatchMode):
     def restart(self) -> None:
         """Forgets what has been, but for what lives: a step begins."""
         self._clock = 0
-        self._phase, self._behind = Phase.STEP, ""
+        self._phase, self._behind = Phase.FORWARD, ""
         self._stack.clear()
-        self._visits = [Visit(0, Phase.STEP, "")]
-        self._segments = [Segment(Phase.STEP)]
+        self._visits = [Visit(0, Phase.FORWARD, "")]
+        self._segments = [Segment(Phase.FORWARD)]
         self._flops: Counter[str] = Counter()
         self._all = list(self._live.values())
         for storage in self._all:

@@ -104,8 +104,7 @@ def prepare(
     with torch.device("meta") if device.type == "meta" else nullcontext():
         backbone = config.task.build(section, splits)
         config.method.inject(backbone)
-    if backbone.tokenize is not None:  # which may need the hub
-        context = int(backbone.model.context_length)  # type: ignore[arg-type]
+    if context := getattr(backbone.model, "context_length", None):  # the true tokenizer may need the hub
         backbone = replace(backbone, tokenize=lambda texts: torch.zeros(len(texts), context, dtype=torch.int64))
     task = config.task.prepare(backbone, splits)
     trainable = config.method.trainable(backbone)

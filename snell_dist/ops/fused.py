@@ -165,7 +165,7 @@ def backward(
     # Blocks add up in gx; half precision would round at each of them.
     wide = torch.promote_types(x.dtype, torch.float32)
     gx = torch.empty(how.flat.shape if needs_x else 0, dtype=wide, device=x.device)
-    matrix = Matrix(a, b, params, plan, spare=gx if needs_x and gx.dtype == b.dtype else None)
+    matrix = Matrix(a, b, params, plan, spare=gx if needs_x and x.dtype == b.dtype else None)
     buffer = _buffer(matrix, x.dtype)
     for block in matrix.blocks():
         _lend_rest(buffer, block, matrix.blocks(), matrix)

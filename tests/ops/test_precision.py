@@ -8,6 +8,8 @@ from layers import close, layer, run
 from torch import Tensor, nn
 
 from snell_dist.ops import merge_delta, snell_linear
+from snell_dist.ops.plan import Plan
+from snell_dist.ops.tiles import Matrix
 
 
 def test_bfloat16_weight_with_float32_factors() -> None:
@@ -29,6 +31,14 @@ def test_half_precision_does_not_round_the_delta_away() -> None:
     nothing = torch.zeros(256, 256, dtype=torch.bfloat16)
     y = snell_linear(x, nn.Parameter(nothing, False), None, a, b, sparsity=0.5)
     assert golden.error(y, x.float() @ delta.t()) < 1e-2
+
+
+def test_a_matrix_of_several_blocks_in_half_precision() -> None:
+    x, weight, bias, a, b, g = layer(384, 576, (4, 8))
+    assert len(Matrix(a, b, None, Plan("distance", "released", 1, "group", (0.9,))).blocks()) > 1
+    exact = run((x, weight, bias, a, b, g), sparsity=0.9)
+    half = run((x.detach().bfloat16().requires_grad_(), weight, bias, a, b, g), sparsity=0.9)
+    close([t.float() for t in half], exact, 2e-2)
 
 
 def test_autocast_and_half_factors() -> None:
