@@ -52,6 +52,7 @@ PAPER_MIB = {  # Table A12: batch 8, float32
     ("SNELL-8", "ViT-B/16"): 1673, ("SNELL-8", "ViT-L/16"): 4519, ("SNELL-8", "ViT-H/14"): 9692,
 }  # fmt: skip
 PAPER = list(dict.fromkeys(backbone for _, backbone in PAPER_MIB))
+SETTINGS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "block")]  # precision, what is recomputed
 BATCH = 8
 NOTES = (
     "sparse: full sparse tuning; 1% of the entries train, and their deltas, gradients and moments are stored densely.",
@@ -116,7 +117,7 @@ def ran() -> dict[str, str]:
 def predicted(quick: bool) -> Iterator[tuple[tuple[str, Case, int], Prediction]]:
     """Every model at batch 8; the first two by batch, and the paper's three with attention written out."""
     backbones = list(BACKBONES)[:1] if quick else list(BACKBONES)
-    cases = [Case(*each) for each in itertools.product(backbones, ["float32", "bfloat16"], ["none", "block"])]
+    cases = [Case(backbone, *setting) for backbone, setting in itertools.product(backbones, SETTINGS)]
     cases += [Case(backbone, attention="explicit") for backbone in backbones if backbone in PAPER]
     for case in cases:
         varied = case.backbone in backbones[:2] and case.attention == "fused"
@@ -169,7 +170,7 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def largest(rows: Sequence[Row], backbones: Sequence[str], method: str, memory: int) -> str | None:
-    """The backbone with most parameters (they are in that order within a family) that fits."""
+    """The backbone that takes most, of those that fit."""
     wanted = {"method": method, "batch": BATCH, "precision": "bfloat16", "remat": "block"}
     fitting = [row for row in rows if wanted.items() <= row.labels.items() and row.peak_bytes + row.beyond <= memory]
     held = {str(row.labels["backbone"]): row.peak_bytes for row in fitting}
