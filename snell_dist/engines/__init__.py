@@ -16,6 +16,7 @@ from snell_dist.footprint import Footprint, Weight
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from typing_extensions import Self
 
     from snell_dist.data import Batch
     from snell_dist.optim import Optim
@@ -155,6 +156,14 @@ class EngineSection(Section):
     def shards(self) -> bool:
         """Whether a rank never holds the whole model, so that it need not begin with one."""
         return False
+
+    @classmethod
+    def variants(cls, ranks: int, nodes: int) -> list[Self]:
+        """Settings that a plan weighs against each other on so many ranks."""
+        raise NotImplementedError
+
+    def check(self, precision: Precision, optim: Optim) -> None:
+        """ConfigError where the engine does not go with these."""
 
     def prepare(self, work: Work) -> Engine:
         """ConfigError where the engine cannot do this work, or where its library is missing."""

@@ -21,6 +21,10 @@ BUCKETS = 8  # so many at least, that are reduced while backward goes on
 class Ddp(EngineSection):
     name: Literal["ddp"]
 
+    @classmethod
+    def variants(cls, ranks: int, nodes: int) -> list[Ddp]:
+        return [cls(name="ddp")]
+
     def prepare(self, work: Work) -> Engine:
         from torch.nn.parallel import DistributedDataParallel
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from snell_dist.optim import Optim
+    from snell_dist.precision import Precision
+
 
 class Fsdp(EngineSection):
     name: Literal["fsdp"]
@@ -38,6 +41,20 @@ class Fsdp(EngineSection):
     @property
     def shards(self) -> bool:
         return True
+
+    @classmethod
+    def variants(cls, ranks: int, nodes: int) -> list[Fsdp]:
+        if ranks == 1:
+            return [cls(name="fsdp", frozen="offload")]
+        found = [cls(name="fsdp", frozen=frozen) for frozen in ("replicate", "shard", "offload")]
+        return found + ([cls(name="fsdp", replicas=nodes)] if 1 < nodes < ranks else [])
+
+    def check(self, precision: Precision, optim: Optim) -> None:
+        if precision.frozen in ("int8", "nf4") and self.frozen != "replicate":
+            message = "cannot be sharded: say engine.frozen=replicate, or float32 or bfloat16 here"
+            raise ConfigError(Problem("precision.frozen", message, precision.frozen))
+        if optim.name == "adamw8bit":
+            raise ConfigError(Problem("optim.name", "cannot be sharded: use adamw or engine.name=ddp", optim.name))
 
     def prepare(self, work: Work) -> Engine:
         import torch
@@ -84,11 +101,7 @@ class Fsdp(EngineSection):
             raise ConfigError(Problem("engine.replicas", f"must divide world_size {world}", self.replicas))
         if not work.blocks:
             raise ConfigError(Problem("engine.name", "the model has no blocks to shard; use ddp", self.name))
-        if work.precision.frozen in ("int8", "nf4") and self.frozen != "replicate":
-            message = "cannot be sharded: say engine.frozen=replicate, or float32 or bfloat16 here"
-            raise ConfigError(Problem("precision.frozen", message, work.precision.frozen))
-        if work.optim.name == "adamw8bit":
-            raise ConfigError(Problem("optim.name", "cannot be sharded: use adamw or engine.name=ddp", work.optim.name))
+        self.check(work.precision, work.optim)
 
     def _mesh(self, device: Any) -> DeviceMesh:
         from torch.distributed.device_mesh import init_device_mesh
@@ -123,6 +136,7 @@ class Fsdp(EngineSection):
         stepped = held[Category.OPTIMIZER]
         if away:
             held[Category.OPTIMIZER] = 0
+
         def change(visit: Visit) -> Bytes:
             if visit.moment.phase == Phase.STEP:
                 mine = total(loose) + (0 if away else sum(unit.gradients for unit in parts.values()))

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snell_dist.data import Batch
+    from snell_dist.optim import Optim
+    from snell_dist.precision import Precision
 
 EXTRA = "snell_dist[deepspeed]"
 BROKEN = "0.19.2"  # up to this one, ZeRO-3 fails on frozen parameters in a recomputed block
@@ -83,6 +85,25 @@ class Zero(EngineSection):
         if self.nvme_path and not (self.offload_optimizer or self.frozen == "offload"):
             raise ValueError("nvme_path needs offload_optimizer: true or frozen: offload")
         return self
+
+    @classmethod
+    def variants(cls, ranks: int, nodes: int) -> list[Zero]:
+        whole = [cls(name="zero", stage=1), cls(name="zero", stage=2)] if ranks > 1 else []
+        sharded = [cls(name="zero", stage=3)] if ranks > 1 else []
+        return [*whole, *sharded, cls(name="zero", stage=3, frozen="offload", offload_optimizer=True)]
+
+    def check(self, precision: Precision, optim: Optim) -> None:
+        if precision.compute == "float64":
+            raise ConfigError(Problem("precision.compute", "DeepSpeed reduces no float64: use ddp or fsdp", "float64"))
+        if self.stage == 3 and precision.frozen in ("int8", "nf4"):
+            message = "cannot be sharded: use engine.stage 0, 1 or 2, or float32 or bfloat16 here"
+            raise ConfigError(Problem("precision.frozen", message, precision.frozen))
+        if self.stage > 0 and optim.name == "adamw8bit":
+            message = "cannot be divided among ranks: use adamw, or engine.stage=0"
+            raise ConfigError(Problem("optim.name", message, optim.name))
+        if self.stage == 3 and optim.ema_decay:
+            message = "no moving average of what ZeRO-3 divides: use engine.name=fsdp, or engine.stage 0, 1 or 2"
+            raise ConfigError(Problem("optim.ema_decay", message, optim.ema_decay))
 
     def prepare(self, work: Work) -> Engine:
         if work.device.type == "cpu":
@@ -297,17 +318,7 @@ class Zero(EngineSection):
                 f" pip install --upgrade '{EXTRA}'"
             )
             raise ConfigError(Problem("engine.stage", message, self.stage))
-        if work.precision.compute == "float64":
-            raise ConfigError(Problem("precision.compute", "DeepSpeed reduces no float64: use ddp or fsdp", "float64"))
-        if self.stage == 3 and work.precision.frozen in ("int8", "nf4"):
-            message = "cannot be sharded: use engine.stage 0, 1 or 2, or float32 or bfloat16 here"
-            raise ConfigError(Problem("precision.frozen", message, work.precision.frozen))
-        if self.stage > 0 and work.optim.name == "adamw8bit":
-            message = "cannot be divided among ranks: use adamw, or engine.stage=0"
-            raise ConfigError(Problem("optim.name", message, work.optim.name))
-        if self.stage == 3 and work.optim.ema_decay:
-            message = "no moving average of what ZeRO-3 divides: use engine.name=fsdp, or engine.stage 0, 1 or 2"
-            raise ConfigError(Problem("optim.ema_decay", message, work.optim.ema_decay))
+        self.check(work.precision, work.optim)
 
 
 def bucket_numbers(trains: list[int]) -> int:

@@ -2,7 +2,7 @@
 
 context        CUDA's own memory and the kernels that are loaded; the allocator does not know of it, nvidia-ml-py does
 workspace      what cuBLAS keeps for each handle and stream (CUBLAS_WORKSPACE_CONFIG), and cuDNN for convolutions
-communicators  NCCL's buffers, for each group of ranks
+communicators  NCCL's buffers, where there are other ranks
 fragmentation  what the allocator has reserved and cannot give out, as a share of the predicted peak
 
 The figures are middles of what is reported of such systems, not measurements of ours; `make gpu-report` measures them.
@@ -21,15 +21,15 @@ from snell_dist.memory.gpus import MIB, in_words, parse_size
 class Overhead:
     context: int = 450 * MIB
     workspace: int = 96 * MIB
-    communicators: int = 250 * MIB  # each
+    communicators: int = 250 * MIB
     fragmentation: float = 0.03
 
-    def parts(self, peak_bytes: int, groups: int) -> dict[str, int]:
-        """Bytes by name. groups: NCCL communicators of a rank."""
+    def parts(self, peak_bytes: int, many: bool) -> dict[str, int]:
+        """Bytes by name. many: whether there are other ranks."""
         return {
             "context": self.context,
             "workspace": self.workspace,
-            "communicators": groups * self.communicators,
+            "communicators": self.communicators if many else 0,
             "fragmentation": round(self.fragmentation * peak_bytes),
         }
 

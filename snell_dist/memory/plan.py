@@ -101,7 +101,7 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     engines = _engines(config, machine)
     classes = 0
     for policy in policies:
-        remat = config.remat if policy == config.remat.policy else Remat(policy=policy)  # type: ignore[arg-type]
+        remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
         predictor = Predictor(config.model_copy(update={"remat": remat}), "cuda")
         line = Line.through(predictor, size, min(accumulation, 2))
         classes = predictor.classes
@@ -126,6 +126,10 @@ class Line:
         sizes = sorted((size, other))
         return cls(*(predictor.predict(each, micro_batches) for each in sizes))
 
+    @property
+    def flops_per_image(self) -> float:
+        return self.large.flops / self.large.micro_batch_size / self.large.micro_batches
+
     def at(self, size: int) -> Footprint:
         for known in (self.small, self.large):
             if known.micro_batch_size == size:
@@ -146,9 +150,10 @@ def _option(
     images = config.data.batch_size // machine.gpus
 
     def needed(micro: int) -> tuple[Share, dict[str, int]]:
-        job = Job(predictor.weights, machine.gpus, machine.per_node, images // micro, "cuda", remat.policy != "none")
+        passes = max(images // micro, 1)
+        job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
         share = engine.share(line.at(micro), job)
-        return share, overhead.parts(share.footprint.peak_bytes, engine.groups(machine.gpus))
+        return share, overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
 
     def fits(micro: int) -> bool:
         share, estimated = needed(micro)
@@ -157,7 +162,7 @@ def _option(
     largest = _largest(fits)
     micro = size if largest >= size else max((n for n in range(1, largest + 1) if images % n == 0), default=size)
     share, estimated = needed(micro)
-    seconds = _seconds(config, machine, predictor.flops_per_image * images, share)
+    seconds = _seconds(config, machine, line.flops_per_image * images, share, images // micro)
     return Option(engine, remat, micro, images // micro, share, estimated, seconds, largest)
 
 
@@ -174,13 +179,13 @@ def _largest(fits: Any) -> int:
     return low
 
 
-def _seconds(config: Run, machine: Machine, flops: float, share: Share) -> float:
+def _seconds(config: Run, machine: Machine, flops: float, share: Share, micro_batches: int) -> float:
     gpu = machine.gpu
     rate = gpu.half if config.precision.compute == "bfloat16" else gpu.single
     compute = flops / (EFFICIENCY * rate * 1e12)
     within = share.wire_bytes - share.between_nodes_bytes
     wire = within / (gpu.link * 1e9) + share.between_nodes_bytes / BETWEEN_NODES + share.messages * LATENCY
-    return max(compute, wire) + share.host_traffic_bytes / (PCIE4 * 1e9)
+    return max(compute, wire) + 2 * micro_batches * share.host_bytes / (PCIE4 * 1e9)
 
 
 def _engines(config: Run, machine: Machine) -> list[EngineSection]:
@@ -206,8 +211,8 @@ def _choose(options: Sequence[Option], machine: Machine) -> tuple[Option, str]:
     if not fitting:
         near = min(options, key=lambda option: option.bytes)
         raise UserError(
-            f"nothing fits {in_words(machine.gpu.memory)}: the nearest is {near.words} with {near.micro_batch_size}"
-            f" image{'s' * (near.micro_batch_size > 1)} at a time, {in_words(near.bytes)} on each of {machine.gpus} GPUs"
+            f"nothing fits {in_words(machine.gpu.memory)}: the nearest is {near.words}, images at a time"
+            f" {near.micro_batch_size}: {in_words(near.bytes)} on each of {machine.gpus} GPUs"
         )
     fastest = min(fitting, key=lambda option: option.step_s)
     close = [option for option in fitting if option.step_s <= NEAR * fastest.step_s]

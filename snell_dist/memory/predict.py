@@ -54,6 +54,18 @@ class Predictor:
             )
         self._rows, self._left_out = ([], []) if every_block else depth.shorten(self._made.backbone)
 
+    @property
+    def weights(self) -> list[Weight]:
+        return self._made.weights
+
+    @property
+    def blocks(self) -> list[str]:
+        return list(self._made.backbone.blocks)
+
+    @property
+    def classes(self) -> int:
+        return self._made.classes
+
     def predict(self, micro_batch_size: int, micro_batches: int = 1) -> Prediction:
         """One step."""
         batches = rehearsal.batches(self._made.backbone.image_shape, micro_batch_size, micro_batches)
