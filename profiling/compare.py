@@ -136,7 +136,7 @@ def row(method: str, case: Case, batch: int, prediction: Prediction) -> Row:
         "remat": case.remat,
         "attention": case.attention,
     }
-    estimated = Overhead().parts(prediction.footprint.peak_bytes, groups=0)
+    estimated = Overhead().parts(prediction.footprint.peak_bytes, many=False)
     return Row(labels, prediction.trainable_numbers, prediction.footprint, beyond=sum(estimated.values()))
 
 

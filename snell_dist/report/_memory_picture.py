@@ -13,7 +13,7 @@ from snell_dist.report import memory
 from snell_dist.report.memory import CARDS_GIB, COLOURS, LINES, Page, Row
 
 INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
-MARKERS = "osD^PX*"
+MARKERS = "osD^P*Xv"
 
 
 def draw(page: Page) -> bytes:

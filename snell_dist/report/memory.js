@@ -9,11 +9,11 @@ const several = new Set(page.entries.map(entry => entry.source)).size > 1;
 const name = entry => entry.labels[page.series] + (several ? `, ${entry.source}` : "");
 const contender = entry => entry.labels[page.series];
 const contenders = [...new Set(page.entries.map(contender))];
-const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x"];
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x", "triangle-down"]; // with the colours 56 pairs
 // Of a group's lines and dots: colour and symbol tell the contender; what was predicted and measured too is open.
 const look = entry => {
-  const number = contenders.indexOf(contender(entry)) % page.lines.length, open = several && entry.source === "predicted";
-  return { color: page.lines[number], symbol: SYMBOLS[number] + (open ? "-open" : ""), dash: open ? "dot" : "solid" };
+  const number = contenders.indexOf(contender(entry)), open = several && entry.source === "predicted";
+  return { color: page.lines[number % page.lines.length], symbol: SYMBOLS[number % SYMBOLS.length] + (open ? "-open" : ""), dash: open ? "dot" : "solid" };
 };
 // A contender has one entry in a legend, however many lines.
 const firsts = () => { const seen = new Set(); return words => !seen.has(words) && Boolean(seen.add(words)); };

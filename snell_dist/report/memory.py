@@ -104,9 +104,13 @@ class Page:
 
     @property
     def filters(self) -> dict[str, list[str | int]]:
-        """The values of the labels, but for the contenders' own, that are not the same in all rows."""
+        """The values of the labels, but for the contenders' own, that are not the same in all rows; numbers sorted."""
         found = {label: list(dict.fromkeys(row.labels[label] for row in self.rows)) for label in self.rows[0].labels}
-        return {label: values for label, values in found.items() if len(values) > 1 and label != self.series}
+        return {
+            label: sorted(values, key=lambda value: value if isinstance(value, int) else 0)
+            for label, values in found.items()
+            if len(values) > 1 and label != self.series
+        }
 
     @property
     def shown(self) -> list[Row]:
@@ -295,12 +299,14 @@ def _markdown(page: Page, picture: str) -> str:
     """The findings, and the peaks of the contenders side by side."""
     names = list(dict.fromkeys(str(row.labels[page.series]) for row in page.rows))
     lines: dict[tuple[str | int, ...], dict[str, str]] = {}
+    places = {label: {value: i for i, value in enumerate(values)} for label, values in page.filters.items()}
     for row in page.rows:
         key = tuple(row.labels[label] for label in page.filters)
         error = f" (predicted {row.error:+.1%})" if row.error is not None else ""
         lines.setdefault(key, {})[str(row.labels[page.series])] = in_words(row.peak_bytes) + error
+    ordered = sorted(lines.items(), key=lambda line: [places[f][v] for f, v in zip(places, line[0], strict=True)])
     table = [[*page.filters, *names], ["---"] * len(page.filters) + ["---:"] * len(names)]
-    table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in lines.items()]
+    table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in ordered]
     parts = [
         f"# {page.title}",
         "\n".join(f"- {sentence}" for sentence in page.sentences),
