@@ -95,6 +95,7 @@ def main() -> int:
         rows=rows,
         series="method",
         over="batch",
+        beside="sparse",
         config=yaml.safe_dump(Case("ViT-B/16").config("SNELL-8", BATCH).model_dump(), sort_keys=False),
         notes=NOTES,
     )

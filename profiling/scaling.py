@@ -66,6 +66,7 @@ def main() -> int:
         series="engine",
         over="GPUs",
         against=WIRE,
+        beside="FSDP2 shard",
         config=yaml.safe_dump(config(models[0]).model_dump(), sort_keys=False),
         notes=NOTES,
     )

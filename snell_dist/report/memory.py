@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ class Page:
 
     `series`: the label that tells the contenders apart; `over`: the label with numbers along which memory grows;
     `against`: the figure (a heading of Row.figures, less is better) that memory is weighed against, or None for the
-    trainable parameters (more is better). The first row's labels are what the page shows first.
+    trainable parameters (more is better). The first row's labels are what the page shows first, and `beside` the
+    contender that its time line is beside, None: the next one.
     """
 
     title: str
@@ -96,6 +98,7 @@ class Page:
     config: str
     notes: Sequence[str] = ()
     against: str | None = None
+    beside: str | None = None
 
     def __post_init__(self) -> None:
         keys = {tuple(row.labels) for row in self.rows}
@@ -116,6 +119,13 @@ class Page:
     def shown(self) -> list[Row]:
         """The contenders under the first row's other labels."""
         return self.alike(self.rows[0])
+
+    @property
+    def pair(self) -> list[tuple[Row, str]]:
+        """The two of `shown` (one, if there is one) whose time lines are side by side first, each with its source."""
+        found = [(row, source) for row in self.shown for source in row.found]
+        named = (other for other in found[1:] if self.beside in (None, other[0].labels[self.series]))
+        return [found[0], *itertools.islice(named, 1)]
 
     def alike(self, row: Row, but: Sequence[str] = ()) -> list[Row]:
         """Rows with the same filters, but for these."""
@@ -177,6 +187,7 @@ def _html(page: Page) -> str:
             "against": page.against,
             "filters": page.filters,
             "chosen": page.rows[0].labels,
+            "pair": [[row.labels[page.series], source] for row, source in page.pair],
             "entries": entries,
         },
     )
