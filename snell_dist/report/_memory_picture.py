@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,6 +129,9 @@ def _plain(*axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for axis in axes:
+        if axis.axis_name == "y":
+            low, high = axis.get_view_interval()
+            axis.axes.set_ylim(2 ** math.floor(math.log2(low)), 2 ** math.ceil(math.log2(high)))
         axis.set_major_locator(LogLocator(base=2))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())

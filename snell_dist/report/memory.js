@@ -1,6 +1,11 @@
-"use strict";
 // Draws the charts of a memory report from its data (memory.py, _entry) with Plotly.
-const page = JSON.parse(document.getElementById("data").textContent);
+// Both are in the page, compressed.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+document.head.append(Object.assign(document.createElement("script"), { textContent: await unpacked("plotly") }));
+const page = JSON.parse(await unpacked("data"));
 const MIB = 2 ** 20, GIB = 2 ** 30;
 const chosen = { ...page.chosen }, hidden = new Set();
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
@@ -45,7 +50,6 @@ function choose(label, value) {
 }
 
 const visible = () => page.categories.map((category, i) => ({ ...category, i })).filter(category => !hidden.has(category.i));
-const shade = (entry, i) => Array.isArray(entry.line[i]) ? entry.line[i] : entry.phases.map(() => entry.line[i]);
 
 // Powers of two on a logarithmic axis of GiB, at most eight or so.
 function ticks(values) {
@@ -101,7 +105,7 @@ function spans(phases) {
 function drawLine(side, entry, top) {
   const unit = top >= GIB ? [1024, "GiB"] : [1, "MiB"], shown = visible(), visits = entry.phases.length;
   const step = values => [...values, values[values.length - 1]], x = step(entry.phases).map((_, i) => i);
-  const lines = shown.map(c => ({ ...c, values: shade(entry, c.i).map(v => v / unit[0]) })).filter(c => c.values.some(Boolean));
+  const lines = shown.map(c => ({ ...c, values: entry.line[c.i].map(v => v / unit[0]) })).filter(c => c.values.some(Boolean));
   const total = entry.phases.map((_, i) => sum(lines.map(c => c.values[i])));
   const traces = lines.map(c => ({
     type: "scatter", mode: "lines", stackgroup: "bytes", name: c.name, x, y: step(c.values), fillcolor: c.colour, line: { shape: "hv", width: 0.5, color: ink("paper") },

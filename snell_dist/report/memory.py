@@ -6,9 +6,12 @@ the bytes at the peak, memory against what trains, and a table of every figure.
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import io
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,6 +173,19 @@ def _html(page: Page) -> str:
         c for c in Category if any(m.bytes.get(c) for row in page.rows for f in row.found.values() for m in f.moments)
     ]
     entries = [_entry(row, source, present) for row in page.rows for source in row.found]
+    data = {
+        "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
+        "cards": CARDS_GIB,
+        "lines": LINES,
+        "series": page.series,
+        "over": page.over,
+        "against": page.against,
+        "filters": page.filters,
+        "chosen": page.rows[0].labels,
+        "pair": [[row.labels[page.series], source] for row, source in page.pair],
+        "entries": entries,
+    }
+    plotly = get_plotlyjs()
     return _template.template("memory.html").render(
         page=page,
         sentences=[_bold(sentence) for sentence in page.sentences],
@@ -177,20 +193,16 @@ def _html(page: Page) -> str:
         head=_head(page, present),
         lines=[_line(page, row, source, present) for row in page.rows for source in row.found],
         legend=[(c.value, COLOURS[c]) for c in present],
-        plotly=get_plotlyjs(),
-        data={
-            "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
-            "cards": CARDS_GIB,
-            "lines": LINES,
-            "series": page.series,
-            "over": page.over,
-            "against": page.against,
-            "filters": page.filters,
-            "chosen": page.rows[0].labels,
-            "pair": [[row.labels[page.series], source] for row, source in page.pair],
-            "entries": entries,
-        },
+        cards=CARDS_GIB,
+        plotly=_packed(plotly),
+        drawn_by=", ".join(re.findall(r"^\* (plotly\.js .*|Copyright .*|Licensed .*)", plotly, re.MULTILINE)),
+        data=_packed(json.dumps(data)),
     )
+
+
+def _packed(text: str) -> str:
+    """For the page's script: compressed, since plotly.js alone has 4.8 MB."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _bold(sentence: str) -> Markup:
@@ -221,7 +233,7 @@ def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]
         "blocks": list(blocks),
         "phases": [m.phase.value for m in moments],
         "visits": [blocks[m.block] for m in moments],
-        "line": [_thin([round(m.bytes.get(c, 0) / MIB, 1) for m in moments]) for c in present],
+        "line": [[round(m.bytes.get(c, 0) / MIB, 1) for m in moments] for c in present],
         "layers": [[i, _numbers(by_block[name], present)] for name, i in blocks.items() if name in by_block],
         "owners": [[module, present.index(category), size] for (module, category), size in _owners(footprint)],
     }
@@ -242,11 +254,6 @@ def _owners(footprint: Footprint) -> list[tuple[tuple[str, Category], int]]:
 
 def _numbers(found: Bytes, present: Sequence[Category]) -> list[int]:
     return [found.get(category, 0) for category in present]
-
-
-def _thin(values: list[float]) -> list[float] | float:
-    """One number where it is always the same: most categories stand still, and pages should be small."""
-    return values[0] if len(set(values)) == 1 else values
 
 
 # A column of the table: its heading, and of each footprint a text and what it is sorted by.
