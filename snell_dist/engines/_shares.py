@@ -51,9 +51,7 @@ def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
 
 def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:
     """The footprint whose moments have the bytes that `change` puts in place of the whole's, by category."""
-    moments = [
-        replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)
-    ]
+    moments = [replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)]
     return with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
 
 

@@ -11,7 +11,7 @@ step's cost is a model of a few terms, for comparing options and for nothing els
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from snell_dist.run_config import Run
 EFFICIENCY = 0.4  # of the data sheet's rate, which large products reach about
 LATENCY = 25e-6  # seconds a message
 BETWEEN_NODES = 25e9  # bytes a second and GPU: one 200 Gbit/s adapter each
+MOST_IMAGES = 1 << 20
 NEAR = 1.02  # a simpler option is taken where it costs at most so much more
 
 
@@ -99,18 +100,16 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     options: list[Option] = []
     policies = dict.fromkeys([config.remat.policy, "none", "selective", "block"])
     engines = _engines(config, machine)
-    classes = 0
+    predictor = Predictor(config)
     for policy in policies:
         remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
-        predictor = Predictor(config.model_copy(update={"remat": remat}), "cuda")
-        line = Line.through(predictor, size, min(accumulation, 2))
-        classes = predictor.classes
+        line = Line.through(predictor, size, min(accumulation, 2), remat)
         for engine in engines:
             options.append(_option(config, machine, overhead, engine, remat, predictor, line, size))
     own, *others = options
     ordered = [own, *sorted(others, key=lambda option: option.step_s)]
     choice, reason = _choose(ordered, machine)
-    return Plan(name, config, machine, classes, ordered, choice, reason)
+    return Plan(name, config, machine, predictor.classes, ordered, choice, reason)
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,10 @@ class Line:
     large: Prediction
 
     @classmethod
-    def through(cls, predictor: Predictor, size: int, micro_batches: int) -> Line:
+    def through(cls, predictor: Predictor, size: int, micro_batches: int, remat: Remat) -> Line:
         other = size // 2 or 2
         sizes = sorted((size, other))
-        return cls(*(predictor.predict(each, micro_batches) for each in sizes))
+        return cls(*(predictor.predict(each, micro_batches, remat) for each in sizes))
 
     @property
     def flops_per_image(self) -> float:
@@ -155,28 +154,38 @@ def _option(
         share = engine.share(line.at(micro), job)
         return share, overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
 
-    def fits(micro: int) -> bool:
+    def bytes_of(micro: int) -> int:
         share, estimated = needed(micro)
-        return share.footprint.peak_bytes + sum(estimated.values()) <= machine.gpu.memory
+        return share.footprint.peak_bytes + sum(estimated.values())
 
-    largest = _largest(fits)
+    largest = _largest(bytes_of, machine.gpu.memory, size)
     micro = size if largest >= size else max((n for n in range(1, largest + 1) if images % n == 0), default=size)
     share, estimated = needed(micro)
     seconds = _seconds(config, machine, line.flops_per_image * images, share, images // micro)
     return Option(engine, remat, micro, images // micro, share, estimated, seconds, largest)
 
 
-def _largest(fits: Any) -> int:
-    """The largest number of images for which `fits` holds; 0 where one does not."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high) and high < 1 << 20:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
+    """The largest number of images that `needed` bytes leave in the room; 0 where not even one does.
+
+    What is needed is the highest of many straight lines, so a chord never lies above it further on.
+    """
+    known = {n: needed(n) for n in {1, max(size, 2)}}
+    while True:
+        fitting = max((n for n in known if known[n] <= room), default=0)
+        beyond = min((n for n in known if n > fitting), default=None)
+        if not fitting or beyond == fitting + 1 or fitting >= MOST_IMAGES:
+            return fitting
+        if beyond is None:
+            before = max(n for n in known if n < fitting)
+            slope = (known[fitting] - known[before]) / (fitting - before)
+            reach = fitting + (room - known[fitting]) / slope if slope > 0 else MOST_IMAGES
+            guess = min(max(int(reach) + 1, fitting + 1), MOST_IMAGES)
+        else:
+            slope = (known[beyond] - known[fitting]) / (beyond - fitting)
+            guess = int(fitting + (room - known[fitting]) / slope)
+            guess = min(max(guess, fitting + 1), beyond - 1)
+        known[guess] = needed(guess)
 
 
 def _seconds(config: Run, machine: Machine, flops: float, share: Share, micro_batches: int) -> float:
