@@ -204,7 +204,7 @@ class Fsdp(EngineSection):
         start = visit.moment.start
         return {
             **{c: start.get(c, 0) for c in (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)},
-            Category.GRADIENTS: here[Category.GRADIENTS] - visit.gradients + start.get(Category.GRADIENTS, 0),
+            Category.GRADIENTS: max(here[Category.GRADIENTS] - visit.gradients + start.get(Category.GRADIENTS, 0), 0),
             Category.GATHERED: gathered,
         }
 

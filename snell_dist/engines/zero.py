@@ -86,6 +86,10 @@ class Zero(EngineSection):
             raise ValueError("nvme_path needs offload_optimizer: true or frozen: offload")
         return self
 
+    def __str__(self) -> str:
+        said = self.model_dump(exclude_defaults=True, exclude={"name", "stage"})
+        return " ".join([f"zero stage={self.stage}", *(f"{key}={value}" for key, value in said.items())])
+
     @classmethod
     def variants(cls, ranks: int, nodes: int) -> list[Zero]:
         whole = [cls(name="zero", stage=1), cls(name="zero", stage=2)] if ranks > 1 else []
