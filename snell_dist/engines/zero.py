@@ -333,7 +333,7 @@ def bucket_numbers(trains: list[int]) -> int:
 
 @dataclass(frozen=True)
 class _Flat:
-    """What trains under stages 1 and 2: one flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
+    """What trains under stages 1 and 2: a flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
 
     numbers: list[int]  # of each tensor
     sizes: list[int]
@@ -390,8 +390,7 @@ def _reduced(visit: Visit, bucket: int) -> bool:
 
     How far a later micro-batch's gradients have come cannot be seen: where they fill buckets, it may be in any visit.
     """
-    before = visit.before.get(Category.GRADIENTS, 0)
-    full = visit.gradients // bucket > (before // bucket if visit.first else 0)
+    full = visit.gradients // bucket > (visit.gradients_before // bucket if visit.first else 0)
     return at_the_end(visit) or full
 
 
