@@ -6,6 +6,7 @@ Adapted: q, k, v (row groups of qkv), proj, fc1 and fc2 of every block. Trained 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -97,6 +98,7 @@ class Vit(BackboneSection):
         return {key: value or SHAPES.get(self.size, {}).get(key) for key, value in said.items()}
 
 
+@functools.lru_cache
 def _usual(arch: str) -> dict[str, int]:
     """Image and patch size of timm's model."""
     import torch

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from snell_dist import remat
 from snell_dist.engines.ddp import Ddp
 from snell_dist.footprint import Footprint, Weight
 from snell_dist.memory import depth, rehearsal
 from snell_dist.memory.standin import as_on, standing_for
+from snell_dist.remat import Remat
 from snell_dist.run_config import Run
 
 META = torch.device("meta")
@@ -40,19 +42,20 @@ class Prediction:
 
 
 class Predictor:
-    """One configuration on one device of a type ("cuda", "cpu"), for any number of images.
+    """One configuration on one device of a type ("cuda", "cpu"), for any number of images and any recomputation.
 
     every_block: run them all, instead of three of each row of equal ones.
     Raises ConfigError where sections do not fit each other.
     """
 
     def __init__(self, config: Run, device_type: str = "cuda", every_block: bool = False) -> None:
-        self._device_type = device_type
+        self._device_type, self._every_block, self._remat = device_type, every_block, config.remat
+        plain = config.model_copy(update={"remat": Remat()})
         with standing_for(device_type):
             self._made = rehearsal.prepare(
-                config, META, engine=Ddp(name="ddp"), change=lambda optimizer: as_on(device_type, optimizer)
+                plain, META, engine=Ddp(name="ddp"), change=lambda optimizer: as_on(device_type, optimizer)
             )
-        self._rows, self._left_out = ([], []) if every_block else depth.shorten(self._made.backbone)
+            rehearsal.make_state(self._made)
 
     @property
     def weights(self) -> list[Weight]:
@@ -66,14 +69,19 @@ class Predictor:
     def classes(self) -> int:
         return self._made.classes
 
-    def predict(self, micro_batch_size: int, micro_batches: int = 1) -> Prediction:
-        """One step."""
-        batches = rehearsal.batches(self._made.backbone.image_shape, micro_batch_size, micro_batches)
+    def predict(self, micro_batch_size: int, micro_batches: int = 1, policy: Remat | None = None) -> Prediction:
+        """One step. policy: in place of the configuration's."""
+        backbone = self._made.backbone
+        for block in backbone.block_modules:
+            vars(block).pop("forward", None)  # what the last call put there
+        remat.apply(policy or self._remat, backbone.block_modules)
+        rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
+        batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
         with standing_for(self._device_type):
-            reading = rehearsal.record(replace(self._made, batches=batches), "meta", self._device_type, self._left_out)
-        flops = depth.total(reading.flops, self._rows)
-        footprint = depth.lengthen(reading, self._rows)
-        return Prediction(footprint, self._made.weights, micro_batch_size, micro_batches, self._made.classes, flops)
+            made = replace(self._made, batches=batches)
+            reading = rehearsal.record(made, "meta", self._device_type, left_out)
+        flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
+        return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
 
 
 def predict(config: Run, micro_batch_size: int | None = None, micro_batches: int = 1) -> Prediction:

@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ from snell_dist.ops import library
 ROUND = {"cuda": 512}  # what an allocator rounds a size up to, in bytes
 KEY = "snell_dist ledger"  # in the graph's nodes
 MESSAGES = ("c10d", "_c10d_functional", "fsdp")  # namespaces of collectives
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What one operator did with memory: (size, birth, death, which of its results), in ticks from its beginning."""
+
+    pieces: list[tuple[int, int, int | None, int | None]]
+    ticks: int
+    flops: int
 
 
 class Ledger(TorchDispatchMode):
@@ -58,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self._model, self._closing = model, ExitStack()
         self._stack = list[str]()
         self._live: dict[int, Storage] = {}
+        self._seen: dict[Any, Inside] = {}
         self.restart()
 
     # What the caller says.
@@ -128,10 +139,39 @@ class Ledger(TorchDispatchMode):
             if (count := flop_registry.get(function._overloadpacket)) is not None:
                 self._flops[self._module] += count(*args, **kwargs, out_val=made)
         else:
-            with self:
-                made = implementation(*args, **kwargs)
-        for leaf in _tensors(made if isinstance(made, (tuple, list)) else (made,)):
+            made = self._look_inside(function, implementation, args)
+        for leaf in _tensors(_several(made)):
             self._book(leaf)
+        return made
+
+    def _look_inside(self, function: Any, implementation: Any, args: Any) -> Any:
+        """Runs an operator of ours under the ledger. On meta one of a kind: the next does the same with its memory."""
+        kind = function, tuple(_kind(argument) for argument in args)
+        seen = self._seen.get(kind)
+        if seen is None:
+            begin, known, flops = self._clock, len(self._all), self._flops[self._module]
+            with self:
+                made = implementation(*args)
+            if self._device_type == "meta":
+                results = {id(self._book(leaf)): i for i, leaf in enumerate(_tensors(_several(made)))}
+                pieces = [
+                    (s.size, s.born - begin, None if s.died is None else s.died - begin, results.get(id(s)))
+                    for s in self._all[known:]
+                ]
+                self._seen[kind] = Inside(pieces, self._clock - begin, self._flops[self._module] - flops)
+            return made
+        made = function(*args)
+        begin, outputs = self._clock, _tensors(_several(made))
+        for size, born, died, result in seen.pieces:
+            if result is None:
+                storage = Storage(size, 0, len(self._segments) - 1, len(self._visits) - 1, self._module)
+                self._all.append(storage)
+                storage.died = None if died is None else begin + died
+            else:
+                storage = self._add(outputs[result].untyped_storage())
+            storage.born = begin + born
+        self._clock = begin + seen.ticks
+        self._flops[self._module] += seen.flops
         return made
 
     def _book(self, tensor: Any) -> Storage | None:
@@ -269,6 +309,17 @@ def _wraps(kind: type) -> bool:
         and hasattr(kind, "__torch_dispatch__")
         and (kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl)
     )
+
+
+def _several(made: Any) -> Any:
+    return made if isinstance(made, (tuple, list)) else (made,)
+
+
+def _kind(argument: Any) -> Any:
+    """All of an argument that memory may depend on."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.stride()
+    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _tensors(values: Any) -> list[Tensor]:

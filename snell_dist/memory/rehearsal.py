@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from snell_dist import methods, optim, precision, remat
 from snell_dist.anatomy import Backbone
-from snell_dist.backbones import BackboneSection
 from snell_dist.data import Batch, Splits
 from snell_dist.engines import Engine, EngineSection, Work
 from snell_dist.footprint import OUTSIDE, Category, Phase, Weight
@@ -100,7 +99,8 @@ def prepare(
     """
     classes = classes_of(config)
     section = config.backbone.model_copy(update={"weights": None, "head": "new"})
-    splits = _splits(section, classes)
+    nothing: Any = ()
+    splits = Splits(nothing, nothing, nothing, [str(number) for number in range(classes)], image_shape=(0, 0, 0))
     with torch.device("meta") if device.type == "meta" else nullcontext():
         backbone = config.task.build(section, splits)
         config.method.inject(backbone)
@@ -133,27 +133,29 @@ def prepare(
     )
     prepared = (engine or config.engine).prepare(work)
     backbone.model.train()
-    made = batches(splits.image_shape, micro_batch_size, accumulation)
+    made = batches(backbone.image_shape, micro_batch_size, accumulation)
     return Rehearsal(backbone, task, prepared, made, weights, classes)
 
 
 def record(
     rehearsal: Rehearsal, device_type: str, stands_for: str | None = None, left_out: Sequence[nn.Parameter] = ()
 ) -> Reading:
-    """The second step, which finds the optimizer's state there. On the meta device the first needs no forward."""
-    model, engine = rehearsal.backbone.model, rehearsal.engine
-    with recording(model, rehearsal.backbone.blocks, device_type, stands_for) as ledger:
+    """The second step, which finds the optimizer's state there; on the meta device `make_state` makes that."""
+    with recording(rehearsal.backbone.model, rehearsal.backbone.blocks, device_type, stands_for) as ledger:
         own(ledger, rehearsal)
-        if device_type == "meta":
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            engine.step(LR)
-        else:
+        if device_type != "meta":
             rehearsal.step(ledger)
         ledger.restart()
         own(ledger, rehearsal)
         rehearsal.step(ledger, left_out)
         return ledger.reading()
+
+
+def make_state(rehearsal: Rehearsal) -> None:
+    """What the first step leaves, without its forward and backward: all that the meta device needs of it."""
+    for parameter in rehearsal.backbone.model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    rehearsal.engine.step(LR)
 
 
 def own(ledger: Ledger, rehearsal: Rehearsal) -> None:
@@ -174,14 +176,6 @@ def weights_of(backbone: Backbone, trainable: Sequence[str]) -> list[Weight]:
         block = next((a for n, a in addresses.items() if name.startswith(f"{n}.")), name.partition(".")[0])
         found.append(Weight(name, block, tuple(parameter.shape), parameter.nbytes, name in trains))
     return found
-
-
-def _splits(backbone: BackboneSection, classes: int) -> Splits:
-    """Stands for the data: class names, and no images."""
-    nothing: Any = ()
-    with torch.device("meta"):
-        shape = backbone.make(classes).image_shape
-    return Splits(nothing, nothing, nothing, [str(number) for number in range(classes)], shape)
 
 
 def batches(shape: tuple[int, int, int], size: int, accumulation: int) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from snell_dist.report import memory
 from snell_dist.report.memory import CARDS_GIB, COLOURS, LINES, Page, Row
 
 INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
-MARKERS = "osD^PX*"
+MARKERS = "osD^P*Xv"
 
 
 def draw(page: Page) -> bytes:
@@ -37,12 +38,15 @@ def draw(page: Page) -> bytes:
         parts: Any = figure.subfigures(3, 1, height_ratios=[1.2 + 0.32 * len(shown), 3.2, 3.4])
         bars, steps, curves = parts
         _bars(bars.subplots(), page, shown)
-        tallest = max(footprint.peak_bytes for _, footprint in shown[:2])
-        for ax, (name, footprint) in zip(steps.subplots(1, len(shown[:2]), squeeze=False).flat, shown, strict=False):
-            _step(ax, name, footprint, tallest)
+        pair = [(str(row.labels[page.series]), source, row.found[source]) for row, source in page.pair]
+        tallest = max(footprint.peak_bytes for *_, footprint in pair)
+        for ax, (name, source, footprint) in zip(steps.subplots(1, len(pair), squeeze=False).flat, pair, strict=True):
+            _step(ax, f"{name}, {source}", footprint, tallest)
         growth, against = curves.subplots(1, 2)
         _growth(growth, page)
         _against(against, page)
+        names, marks = growth.get_legend_handles_labels()[::-1]
+        curves.legend(marks, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
         figure.supxlabel("   ".join(page.ran.values()), fontsize=6, color=SOFT, x=0.01, ha="left")
         stream = io.BytesIO()
         figure.savefig(stream, dpi=130)
@@ -107,7 +111,6 @@ def _growth(ax: Any, page: Page) -> None:
     _plain(ax.xaxis, ax.yaxis)
     ax.set_title(f"How it grows with {page.over}", color=INK)
     ax.grid(axis="y", color=LINE)
-    ax.legend(frameon=False, fontsize=8)
 
 
 def _against(ax: Any, page: Page) -> None:
@@ -119,7 +122,6 @@ def _against(ax: Any, page: Page) -> None:
     _plain(ax.yaxis)
     ax.set_title(f"Memory against {what}", color=INK)
     ax.grid(color=LINE)
-    ax.legend(frameon=False, fontsize=8)
 
 
 def _plain(*axes: Any) -> None:
@@ -128,7 +130,9 @@ def _plain(*axes: Any) -> None:
 
     for axis in axes:
         if axis.axis_name == "y":
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_view_interval()
+            axis.axes.set_ylim(2 ** math.floor(math.log2(low)), 2 ** math.ceil(math.log2(high)))
+        axis.set_major_locator(LogLocator(base=2))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 

@@ -1,23 +1,29 @@
-"use strict";
 // Draws the charts of a memory report from its data (memory.py, _entry) with Plotly.
-const page = JSON.parse(document.getElementById("data").textContent);
+// Both are in the page, compressed.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+document.head.append(Object.assign(document.createElement("script"), { textContent: await unpacked("plotly") }));
+const page = JSON.parse(await unpacked("data"));
 const MIB = 2 ** 20, GIB = 2 ** 30;
-const chosen = { ...page.chosen }, hidden = new Set(), sides = [0, 1];
+const chosen = { ...page.chosen }, hidden = new Set();
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const peak = entry => sum(entry.peak);
 const several = new Set(page.entries.map(entry => entry.source)).size > 1;
 const name = entry => entry.labels[page.series] + (several ? `, ${entry.source}` : "");
 const contender = entry => entry.labels[page.series];
 const contenders = [...new Set(page.entries.map(contender))];
-const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x"];
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x", "triangle-down"]; // with the colours 56 pairs
 // Of a group's lines and dots: colour and symbol tell the contender; what was predicted and measured too is open.
 const look = entry => {
-  const number = contenders.indexOf(contender(entry)) % page.lines.length, open = several && entry.source === "predicted";
-  return { color: page.lines[number], symbol: SYMBOLS[number] + (open ? "-open" : ""), dash: open ? "dot" : "solid" };
+  const number = contenders.indexOf(contender(entry)), open = several && entry.source === "predicted";
+  return { color: page.lines[number % page.lines.length], symbol: SYMBOLS[number % SYMBOLS.length] + (open ? "-open" : ""), dash: open ? "dot" : "solid" };
 };
 // A contender has one entry in a legend, however many lines.
 const firsts = () => { const seen = new Set(); return words => !seen.has(words) && Boolean(seen.add(words)); };
 const legend = () => ({ orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11, color: ink("ink") } });
+const sides = page.pair.map(([words, source]) => several ? `${words}, ${source}` : words);
 let printing = false;
 
 const probe = document.body.appendChild(document.createElement("i"));
@@ -44,13 +50,13 @@ function choose(label, value) {
 }
 
 const visible = () => page.categories.map((category, i) => ({ ...category, i })).filter(category => !hidden.has(category.i));
-const shade = (entry, i) => Array.isArray(entry.line[i]) ? entry.line[i] : entry.phases.map(() => entry.line[i]);
 
-// Round numbers on a logarithmic axis of GiB; fewer of them over many powers of ten.
+// Powers of two on a logarithmic axis of GiB, at most eight or so.
 function ticks(values) {
-  const low = Math.min(...values), high = Math.max(...values), powers = Array.from({ length: 13 }, (_, i) => 10 ** (i - 6));
-  const many = powers.flatMap(power => (high / low < 300 ? [1, 2, 5] : [1]).map(digit => digit * power));
-  return { tickvals: many, ticktext: many.map(value => size(value * GIB).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ")) };
+  const low = Math.floor(Math.log2(Math.min(...values))), high = Math.ceil(Math.log2(Math.max(...values)));
+  const apart = Math.ceil((high - low + 1) / 8), many = [];
+  for (let power = low; power <= high; power += apart) many.push(2 ** power);
+  return { tickvals: many, ticktext: many.map(value => size(value * GIB).replace(/\.0+ /, " ")) };
 }
 
 // A chart in the page's own inks. `wide`: over the page's whole width.
@@ -99,7 +105,7 @@ function spans(phases) {
 function drawLine(side, entry, top) {
   const unit = top >= GIB ? [1024, "GiB"] : [1, "MiB"], shown = visible(), visits = entry.phases.length;
   const step = values => [...values, values[values.length - 1]], x = step(entry.phases).map((_, i) => i);
-  const lines = shown.map(c => ({ ...c, values: shade(entry, c.i).map(v => v / unit[0]) })).filter(c => c.values.some(Boolean));
+  const lines = shown.map(c => ({ ...c, values: entry.line[c.i].map(v => v / unit[0]) })).filter(c => c.values.some(Boolean));
   const total = entry.phases.map((_, i) => sum(lines.map(c => c.values[i])));
   const traces = lines.map(c => ({
     type: "scatter", mode: "lines", stackgroup: "bytes", name: c.name, x, y: step(c.values), fillcolor: c.colour, line: { shape: "hv", width: 0.5, color: ink("paper") },
@@ -152,9 +158,9 @@ function drawLayers(side, entry, top) {
 }
 
 function drawSides() {
-  const entries = matching(), pair = sides.map(side => entries[Math.min(side, entries.length - 1)]);
+  const entries = matching(), pair = [0, 1].map(side => entries.find(entry => name(entry) === sides[side]) ?? entries[Math.min(side, entries.length - 1)]);
   document.querySelectorAll("[data-side]").forEach((select, side) => {
-    select.replaceChildren(...entries.map((entry, i) => new Option(name(entry), i, false, entry === pair[side])));
+    select.replaceChildren(...entries.map(entry => new Option(name(entry), name(entry), false, entry === pair[side])));
   });
   const top = Math.max(...pair.map(peak)), block = Math.max(...pair.flatMap(entry => entry.layers.map(([, bytes]) => sum(bytes))));
   pair.forEach((entry, side) => { drawLine(side, entry, top); drawLayers(side, entry, block); });
@@ -209,7 +215,7 @@ document.querySelectorAll("select[data-label]").forEach(select => {
   select.onchange = () => { choose(select.dataset.label, page.filters[select.dataset.label][select.value]); drawAll(); };
 });
 document.querySelectorAll("[data-side]").forEach((select, side) => {
-  select.onchange = () => { sides[side] = Number(select.value); drawSides(); };
+  select.onchange = () => { sides[side] = select.value; drawSides(); };
 });
 document.querySelectorAll("[data-category]").forEach(button => button.onclick = () => {
   const category = Number(button.dataset.category), hide = !hidden.has(category);

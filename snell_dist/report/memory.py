@@ -6,8 +6,12 @@ the bytes at the peak, memory against what trains, and a table of every figure.
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import io
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +88,8 @@ class Page:
 
     `series`: the label that tells the contenders apart; `over`: the label with numbers along which memory grows;
     `against`: the figure (a heading of Row.figures, less is better) that memory is weighed against, or None for the
-    trainable parameters (more is better). The first row's labels are what the page shows first.
+    trainable parameters (more is better). The first row's labels are what the page shows first, and `beside` the
+    contender that its time line is beside, None: the next one.
     """
 
     title: str
@@ -96,6 +101,7 @@ class Page:
     config: str
     notes: Sequence[str] = ()
     against: str | None = None
+    beside: str | None = None
 
     def __post_init__(self) -> None:
         keys = {tuple(row.labels) for row in self.rows}
@@ -104,14 +110,25 @@ class Page:
 
     @property
     def filters(self) -> dict[str, list[str | int]]:
-        """The values of the labels, but for the contenders' own, that are not the same in all rows."""
+        """The values of the labels, but for the contenders' own, that are not the same in all rows; numbers sorted."""
         found = {label: list(dict.fromkeys(row.labels[label] for row in self.rows)) for label in self.rows[0].labels}
-        return {label: values for label, values in found.items() if len(values) > 1 and label != self.series}
+        return {
+            label: sorted(values, key=lambda value: value if isinstance(value, int) else 0)
+            for label, values in found.items()
+            if len(values) > 1 and label != self.series
+        }
 
     @property
     def shown(self) -> list[Row]:
         """The contenders under the first row's other labels."""
         return self.alike(self.rows[0])
+
+    @property
+    def pair(self) -> list[tuple[Row, str]]:
+        """The two of `shown` (one, if there is one) whose time lines are side by side first, each with its source."""
+        found = [(row, source) for row in self.shown for source in row.found]
+        named = (other for other in found[1:] if self.beside in (None, other[0].labels[self.series]))
+        return [found[0], *itertools.islice(named, 1)]
 
     def alike(self, row: Row, but: Sequence[str] = ()) -> list[Row]:
         """Rows with the same filters, but for these."""
@@ -156,6 +173,19 @@ def _html(page: Page) -> str:
         c for c in Category if any(m.bytes.get(c) for row in page.rows for f in row.found.values() for m in f.moments)
     ]
     entries = [_entry(row, source, present) for row in page.rows for source in row.found]
+    data = {
+        "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
+        "cards": CARDS_GIB,
+        "lines": LINES,
+        "series": page.series,
+        "over": page.over,
+        "against": page.against,
+        "filters": page.filters,
+        "chosen": page.rows[0].labels,
+        "pair": [[row.labels[page.series], source] for row, source in page.pair],
+        "entries": entries,
+    }
+    plotly = get_plotlyjs()
     return _template.template("memory.html").render(
         page=page,
         sentences=[_bold(sentence) for sentence in page.sentences],
@@ -163,19 +193,16 @@ def _html(page: Page) -> str:
         head=_head(page, present),
         lines=[_line(page, row, source, present) for row in page.rows for source in row.found],
         legend=[(c.value, COLOURS[c]) for c in present],
-        plotly=get_plotlyjs(),
-        data={
-            "categories": [{"name": c.value, "colour": COLOURS[c]} for c in present],
-            "cards": CARDS_GIB,
-            "lines": LINES,
-            "series": page.series,
-            "over": page.over,
-            "against": page.against,
-            "filters": page.filters,
-            "chosen": page.rows[0].labels,
-            "entries": entries,
-        },
+        cards=CARDS_GIB,
+        plotly=_packed(plotly),
+        drawn_by=", ".join(re.findall(r"^\* (plotly\.js .*|Copyright .*|Licensed .*)", plotly, re.MULTILINE)),
+        data=_packed(json.dumps(data)),
     )
+
+
+def _packed(text: str) -> str:
+    """For the page's script: compressed, since plotly.js alone has 4.8 MB."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _bold(sentence: str) -> Markup:
@@ -206,7 +233,7 @@ def _entry(row: Row, source: str, present: Sequence[Category]) -> dict[str, Any]
         "blocks": list(blocks),
         "phases": [m.phase.value for m in moments],
         "visits": [blocks[m.block] for m in moments],
-        "line": [_thin([round(m.bytes.get(c, 0) / MIB, 1) for m in moments]) for c in present],
+        "line": [[round(m.bytes.get(c, 0) / MIB, 1) for m in moments] for c in present],
         "layers": [[i, _numbers(by_block[name], present)] for name, i in blocks.items() if name in by_block],
         "owners": [[module, present.index(category), size] for (module, category), size in _owners(footprint)],
     }
@@ -227,11 +254,6 @@ def _owners(footprint: Footprint) -> list[tuple[tuple[str, Category], int]]:
 
 def _numbers(found: Bytes, present: Sequence[Category]) -> list[int]:
     return [found.get(category, 0) for category in present]
-
-
-def _thin(values: list[float]) -> list[float] | float:
-    """One number where it is always the same: most categories stand still, and pages should be small."""
-    return values[0] if len(set(values)) == 1 else values
 
 
 # A column of the table: its heading, and of each footprint a text and what it is sorted by.
@@ -295,12 +317,14 @@ def _markdown(page: Page, picture: str) -> str:
     """The findings, and the peaks of the contenders side by side."""
     names = list(dict.fromkeys(str(row.labels[page.series]) for row in page.rows))
     lines: dict[tuple[str | int, ...], dict[str, str]] = {}
+    places = {label: {value: i for i, value in enumerate(values)} for label, values in page.filters.items()}
     for row in page.rows:
         key = tuple(row.labels[label] for label in page.filters)
         error = f" (predicted {row.error:+.1%})" if row.error is not None else ""
         lines.setdefault(key, {})[str(row.labels[page.series])] = in_words(row.peak_bytes) + error
+    ordered = sorted(lines.items(), key=lambda line: [places[f][v] for f, v in zip(places, line[0], strict=True)])
     table = [[*page.filters, *names], ["---"] * len(page.filters) + ["---:"] * len(names)]
-    table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in lines.items()]
+    table += [[*map(str, key), *(peaks.get(name, "") for name in names)] for key, peaks in ordered]
     parts = [
         f"# {page.title}",
         "\n".join(f"- {sentence}" for sentence in page.sentences),

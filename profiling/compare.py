@@ -1,0 +1,182 @@
+"""Memory of a training step, predicted: SNELL against LoRA, full sparse tuning, full tuning and a linear probe.
+
+    python profiling/compare.py [--quick] [--out profiling/results/memory]
+
+Each method on ViT-B, L and H, on the image towers of CLIP L, H and bigG, and on a ViT like that of 22 billion
+parameters, by batch, precision and recomputation, on one GPU that holds all of the model. Nothing is launched: the step
+runs on the meta device, so that a laptop does. Beside Table A12 of the paper: the same settings with attention written
+out. Writes OUT.html, OUT.csv, OUT.png, OUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from demo import environment
+from rich.progress import track
+
+from snell_dist.config import check
+from snell_dist.memory.gpus import GIB, MIB, in_words
+from snell_dist.memory.overhead import Overhead
+from snell_dist.memory.predict import Prediction, Predictor
+from snell_dist.report.memory import Page, Row, write
+from snell_dist.run_config import Run
+
+METHODS: dict[str, dict[str, Any]] = {
+    "SNELL-8": {"name": "snell", "rank": 8},
+    "LoRA-8": {"name": "lora", "rank": 8},
+    "sparse": {"name": "sparse"},
+    "full": {"name": "full"},
+    "linear": {"name": "linear"},
+    "SNELL-16": {"name": "snell", "rank": 16},
+    "SNELL-32": {"name": "snell", "rank": 32},
+}
+BACKBONES = {
+    "ViT-B/16": {"name": "vit", "size": "base"},
+    "ViT-L/16": {"name": "vit", "size": "large"},
+    "ViT-H/14": {"name": "vit", "size": "huge"},
+    "CLIP L/14": {"name": "clip", "size": "ViT-L-14"},
+    "CLIP H/14": {"name": "clip", "size": "ViT-H-14"},
+    "CLIP bigG/14": {"name": "clip", "size": "ViT-bigG-14"},
+    "ViT-22B": {"name": "vit", "size": "22b"},
+}
+PAPER_MIB = {  # Table A12: batch 8, float32
+    ("LoRA-8", "ViT-B/16"): 1546, ("LoRA-8", "ViT-L/16"): 4325, ("LoRA-8", "ViT-H/14"): 9325,
+    ("SNELL-8", "ViT-B/16"): 1673, ("SNELL-8", "ViT-L/16"): 4519, ("SNELL-8", "ViT-H/14"): 9692,
+}  # fmt: skip
+PAPER = list(dict.fromkeys(backbone for _, backbone in PAPER_MIB))
+SETTINGS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "block")]  # precision, what is recomputed
+BATCH = 8
+NOTES = (
+    "sparse: full sparse tuning; 1% of the entries train, and their deltas, gradients and moments are stored densely.",
+    "bfloat16: products by autocast and the frozen base stored so; what trains, its gradients and moments are float32.",
+    f"An estimate of what only a GPU adds is no part of the bytes shown, but of “fits on”: {Overhead()}.",
+    "Table A12: the paper's code forms the kernel and sorts it, a whole matrix and more at a time; ours goes by tiles.",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    backbone: str
+    precision: str = "float32"
+    remat: str = "none"
+    attention: str = "fused"
+
+    def config(self, method: str, batch: int) -> Run:
+        tree = {
+            "backbone": {**BACKBONES[self.backbone], "attention": self.attention},
+            "method": METHODS[method],
+            "data": {"name": "image_folder", "root": "data/images", "batch_size": batch},
+            "precision": {"compute": self.precision, "frozen": self.precision},
+            "remat": {"policy": self.remat},
+            "train": {"epochs": 1},
+        }
+        return check(tree, Run)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ViT-B alone")
+    parser.add_argument("--out", type=Path, default=Path("profiling/results/memory"))
+    args = parser.parse_args()
+    predictions = dict(track(predicted(quick=args.quick), "predicting", total=None))
+    rows = [row(*key, prediction) for key, prediction in predictions.items()]
+    page = Page(
+        title="What fine-tuning takes",
+        ran=ran(),
+        sentences=list(sentences(rows)),
+        rows=rows,
+        series="method",
+        over="batch",
+        beside="sparse",
+        config=yaml.safe_dump(Case("ViT-B/16").config("SNELL-8", BATCH).model_dump(), sort_keys=False),
+        notes=NOTES,
+    )
+    for file in write(page, args.out):
+        print(f"{file}  {in_words(file.stat().st_size)}")
+    return 0
+
+
+def ran() -> dict[str, str]:
+    said = environment()
+    versions = ", ".join(f"{name} {number}" for name, number in said["versions"].items())
+    return {
+        "date": said["date"],
+        "machine": said["machine"],
+        "versions": f"Python {said['python']}, {versions}",
+        "command": said["command"],
+    }
+
+
+def predicted(quick: bool) -> Iterator[tuple[tuple[str, Case, int], Prediction]]:
+    """Every model at batch 8; the first two by batch, and the paper's three with attention written out."""
+    backbones = list(BACKBONES)[:1] if quick else list(BACKBONES)
+    cases = [Case(backbone, *setting) for backbone, setting in itertools.product(backbones, SETTINGS)]
+    cases += [Case(backbone, attention="explicit") for backbone in backbones if backbone in PAPER]
+    for case in cases:
+        varied = case.backbone in backbones[:2] and case.attention == "fused"
+        for method in METHODS:
+            predictor = Predictor(case.config(method, BATCH))
+            for batch in (BATCH, 1, 32, 128) if varied else (BATCH,):
+                yield (method, case, batch), predictor.predict(batch)
+
+
+def row(method: str, case: Case, batch: int, prediction: Prediction) -> Row:
+    labels = {
+        "method": method,
+        "backbone": case.backbone,
+        "batch": batch,
+        "precision": case.precision,
+        "remat": case.remat,
+        "attention": case.attention,
+    }
+    estimated = Overhead().parts(prediction.footprint.peak_bytes, many=False)
+    return Row(labels, prediction.trainable_numbers, prediction.footprint, beyond=sum(estimated.values()))
+
+
+def sentences(rows: Sequence[Row]) -> Iterator[str]:
+    """The findings: SNELL-8 against its rivals, what fits on which card, and the paper's own figures."""
+    found = {tuple(row.labels.values()): row for row in rows}
+    backbones = list(dict.fromkeys(str(row.labels["backbone"]) for row in rows))
+
+    def peak(method: str, backbone: str, attention: str = "fused") -> int:
+        return found[method, backbone, BATCH, "float32", "none", attention].peak_bytes
+
+    for backbone in backbones:
+        own = peak("SNELL-8", backbone)
+        others = ", ".join(
+            f"{own / peak(rival, backbone):.2f} × {words} ({in_words(peak(rival, backbone))})"
+            for rival, words in {"LoRA-8": "LoRA-8", "sparse": "full sparse tuning", "full": "full tuning"}.items()
+        )
+        yield f"{backbone}, batch {BATCH}, float32: a step of SNELL-8 peaks at {in_words(own)}, {others}."
+    for card in (24, 80):
+        fits = {m: largest(rows, backbones, m, card * GIB) for m in ("SNELL-8", "LoRA-8", "sparse", "full")}
+        words = ", ".join(f"{method} {name or 'none of them'}" for method, name in fits.items())
+        yield f"The largest model that trains on {card} GiB at batch {BATCH}, in bfloat16 and recomputed: {words}."
+    for method in ("LoRA-8", "SNELL-8"):
+        beside = ", ".join(
+            f"{name} {peak(method, name, 'explicit') / MIB:,.0f} against {PAPER_MIB[method, name]:,} MiB"
+            f" ({peak(method, name, 'explicit') / MIB / PAPER_MIB[method, name] - 1:+.1%})"
+            for name in backbones
+            if name in PAPER
+        )
+        yield f"Under the settings of the paper's Table A12, {method}: {beside}."
+
+
+def largest(rows: Sequence[Row], backbones: Sequence[str], method: str, memory: int) -> str | None:
+    """The backbone that takes most, of those that fit."""
+    wanted = {"method": method, "batch": BATCH, "precision": "bfloat16", "remat": "block"}
+    fitting = [row for row in rows if wanted.items() <= row.labels.items() and row.peak_bytes + row.beyond <= memory]
+    held = {str(row.labels["backbone"]): row.peak_bytes for row in fitting}
+    return max(held, key=held.__getitem__, default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
