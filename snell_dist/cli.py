@@ -186,6 +186,22 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--rules", action="store_true", help="what is looked for, and why")
     lint.set_defaults(command=_launch_lint)
 
+    planned = commands.add_parser(
+        "plan",
+        help="will it fit: memory, traffic and cost of every engine and recomputation, before anything is launched",
+        description="Predicts the memory of a configuration on GPUs that need not be there, and chooses how to train.",
+    )
+    _takes_config(planned)
+    planned.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    planned.add_argument("--nodes", type=int, default=1, metavar="M", help="that share them equally (default: 1)")
+    planned.add_argument("--gpu", metavar="NAME", help="h100, rtx4090, t4, ...")
+    planned.add_argument("--gpu-memory", metavar="SIZE", help="of each, such as 80GiB")
+    planned.add_argument(
+        "--overhead", action="append", default=[], metavar="NAME=SIZE", help="change an estimate of what only GPUs show"
+    )
+    planned.add_argument("--json", action="store_true", help="for machines")
+    planned.set_defaults(command=_plan)
+
     measure = commands.add_parser(
         "eval",
         help="accuracy of a base before training, or of a finished run",
@@ -354,6 +370,35 @@ def _train(args: argparse.Namespace) -> int:
         marked = " (chosen on these images, as the released code does)" if said["protocol"]["marked"] else ""
         print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images{marked}  {outcome.folder}")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.memory import gpus
+    from snell_dist.run_config import Run
+
+    loaded = load(args.config, args.overrides, Run)
+    if args.gpus < 1 or args.nodes < 1 or args.gpus % args.nodes:
+        share = f"--gpus {args.gpus} --nodes {args.nodes}"
+        raise UserError(
+            f"{share}: must be GPUs, one at least, in equal number on every node, such as --gpus 8 --nodes 2"
+        )
+    gpu = gpus.find(args.gpu, args.gpu_memory)
+    import json
+
+    from snell_dist.memory import plan, words
+    from snell_dist.memory.overhead import Overhead
+
+    overhead = Overhead().changed(args.overhead)
+    try:
+        made = plan.make(loaded.name, loaded.config, plan.Machine(args.gpus, args.nodes, gpu), overhead)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+    if args.json:
+        print(json.dumps(plan.as_json(made), indent=2))
+    else:
+        print(words.plan(made, loaded.config.data.class_count() is None))
+    return Exit.DONE
 
 
 def _keep(args: argparse.Namespace) -> int:

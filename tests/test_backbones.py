@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 from snell_dist import methods
@@ -24,6 +25,44 @@ SMALL_CLIP = Plugin("backbones").find("clip").smallest
 def on_meta(name: str, classes: int = 10, **options: Any) -> Backbone:
     with torch.device("meta"):
         return section(name, **options).make(classes)
+
+
+class Calls(TorchFunctionMode):
+    """Names of torch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["vit", "vit/eva02_tiny_patch14_224", "swin", "clip", "clip/ViT-B-16-SigLIP"])
+def test_explicit_attention_is_the_fused_one_as_written(name: str) -> None:
+    logits, calls = {}, {}
+    small = {} if "/" in name else Plugin("backbones").find(name).smallest
+    for attention in ("fused", "explicit"):
+        torch.manual_seed(0)
+        backbone = section(name, **small, attention=attention).make(5)
+        with Calls() as calls[attention]:
+            logits[attention] = backbone.model(torch.randn(2, *backbone.image_shape))
+    assert_close(logits["explicit"], logits["fused"], rtol=1e-5, atol=1e-5)
+    fused = calls["fused"].names.count("scaled_dot_product_attention")
+    assert fused >= len(backbone.blocks) / 2  # CLIP lists the blocks of both towers
+    assert "scaled_dot_product_attention" not in calls["explicit"].names
+    assert calls["explicit"].names.count("softmax") == fused
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_both_towers_of_clip_take_the_chosen_attention(attention: str) -> None:
+    towers = section("clip", **SMALL_CLIP, attention=attention).towers()
+    model: Any = towers.model
+    with Calls() as calls:
+        model(torch.randn(2, *towers.image_shape), torch.ones(2, SMALL_CLIP["context"], dtype=torch.long))
+    fused = SMALL_CLIP["depth"] + SMALL_CLIP["text_depth"] if attention == "fused" else 0
+    assert calls.names.count("scaled_dot_product_attention") == fused
 
 
 def count(model: nn.Module) -> int:

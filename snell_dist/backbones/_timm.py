@@ -42,12 +42,10 @@ def create(arch: str, **options: Any) -> nn.Module:
 
 
 def set_attention(model: nn.Module, name: str) -> None:
-    """`fused` or `explicit`, in every attention that knows both. ConfigError where none knows the one asked for."""
-    both = [module for module in model.modules() if hasattr(module, "fused_attn")]
-    if not both and name == "explicit":
-        raise ConfigError(Problem("backbone.attention", "is not to be chosen in this model (allowed: fused)", name))
-    for module in both:
-        module.fused_attn = name == "fused"  # type: ignore[assignment]
+    """`fused` or `explicit`, in every attention of timm's."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = name == "fused"  # type: ignore[assignment]
 
 
 def tagged(arch: str, tag: str) -> Published:

@@ -157,6 +157,11 @@ class EngineSection(Section):
         """Whether a rank never holds the whole model, so that it need not begin with one."""
         return False
 
+    def __str__(self) -> str:
+        """`fsdp frozen=replicate`: the name, and what is not usual."""
+        said = self.model_dump(exclude_defaults=True, exclude={"name"})
+        return " ".join([self.name, *(f"{key}={value}" for key, value in said.items())])
+
     @classmethod
     def variants(cls, ranks: int, nodes: int) -> list[Self]:
         """Settings that a plan weighs against each other on so many ranks."""

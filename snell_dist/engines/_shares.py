@@ -25,34 +25,44 @@ class Visit:
     entered: tuple[str, ...]  # units of this pass (forward or backward) up to here, this one included, in order
     first: bool  # no backward came before this pass: the gradients are of this micro-batch alone
     last: bool  # no forward comes after it: the gradients of this pass are reduced
-    before: Bytes  # at the visit before, in the same pass
+    before: Moment | None  # the visit before, in the same pass
 
     @property
     def gradients(self) -> int:
         """Bytes of the whole model's, at this visit."""
         return self.moment.bytes.get(Category.GRADIENTS, 0)
 
+    @property
+    def gradients_before(self) -> int:
+        return self.before.bytes.get(Category.GRADIENTS, 0) if self.before else 0
+
+    @property
+    def enters(self) -> bool:
+        """Whether the visit before was to another block."""
+        return self.before is None or self.before.block != self.moment.block
+
 
 def visits(whole: Footprint, job: Job) -> Iterator[Visit]:
-    blocks, kind, entered, passes = set(job.blocks), "", (), 0
-    before: Bytes = {}
+    blocks, kind, passes = set(job.blocks), "", 0
+    entered: tuple[str, ...] = ()
+    before: Moment | None = None
     final = max((i for i, m in enumerate(whole.moments) if m.phase == Phase.FORWARD), default=-1)
     for i, moment in enumerate(whole.moments):
         now = "backward" if moment.phase in BACKWARD else moment.phase.value
         if now != kind:
-            kind, entered, before = now, (), {}
+            kind, entered, before = now, (), None
             passes += now == "backward"
         unit = moment.block if moment.block in blocks else OUTSIDE
         if unit not in entered:
             entered = (*entered, unit)
         yield Visit(moment, unit, entered, passes <= 1, i > final, before)
-        before = moment.bytes
+        before = moment
 
 
 def along(whole: Footprint, job: Job, change: Callable[[Visit], Bytes], held: Bytes) -> Footprint:
     """The footprint whose moments have the bytes that `change` puts in place of the whole's, by category."""
     moments = [replace(visit.moment, bytes=_changed(visit.moment.bytes, change(visit))) for visit in visits(whole, job)]
-    return with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
+    return _with_owners(Footprint(moments, _changed(whole.held, held), whole.owners))
 
 
 def higher(visit: Visit, one: Bytes, other: Bytes) -> Bytes:
@@ -60,7 +70,7 @@ def higher(visit: Visit, one: Bytes, other: Bytes) -> Bytes:
     return max(one, other, key=lambda change: sum(_changed(visit.moment.bytes, change).values()))
 
 
-def with_owners(footprint: Footprint) -> Footprint:
+def _with_owners(footprint: Footprint) -> Footprint:
     """Owners are the whole's at its own peak: each category's are scaled to what this footprint's peak has of it."""
     before: dict[Category, int] = {}
     for owner in footprint.owners:
@@ -117,7 +127,7 @@ def step_temporaries(visit: Visit, job: Job, whole: Sequence[int], mine: Sequenc
     def together(sizes: Sequence[int]) -> int:
         if job.device_type == "cuda":
             return sum(sizes)
-        return max((2 * size + before for before, size in zip([0, *sizes], sizes)), default=0)
+        return max((2 * size + before for before, size in zip([0, *sizes], sizes, strict=False)), default=0)
 
     had = visit.moment.bytes.get(Category.TEMPORARY, 0)
     return had * together(mine) // together(whole) if any(whole) else had

@@ -153,7 +153,7 @@ class Fsdp(EngineSection):
                 Category.GRADIENTS: max(visit.gradients - done, 0) + shards,
                 Category.COMMUNICATION: sum(parts[name].padded_trains for name in sending),
             }
-            return higher(visit, here, here | self._gathering(visit, here, parts))
+            return higher(visit, here, {**here, **self._gathering(visit, here, parts)})
 
         host = local + stepped + sum(unit.gradients for unit in parts.values()) if away else 0
         return self._wire(whole, job, parts, loose).share(along(whole, job, change, held), host)
@@ -189,18 +189,21 @@ class Fsdp(EngineSection):
         return there + (parts[visit.unit].padded if visit.unit != OUTSIDE else 0) + ahead
 
     def _gathering(self, visit: Visit, here: Bytes, parts: dict[str, _Unit]) -> Bytes:
-        """What is otherwise when a block of forward has just been gathered: nothing of it is computed yet."""
+        """What is otherwise when a block has just been gathered: it has computed nothing, and one more buffer is full.
+
+        In backward that is so for the first block alone: the others' buffers make room for the next one's.
+        """
         blocks = [u for u in visit.entered if u != OUTSIDE]
-        if visit.moment.phase != Phase.FORWARD or visit.unit == OUTSIDE:
+        if not visit.enters or visit.unit == OUTSIDE or visit.moment.phase == Phase.STEP:
             return {}
-        previous = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
-        saved = visit.before.get(Category.ACTIVATIONS, 0)
-        return {
-            Category.GATHERED: here[Category.GATHERED] + previous.buffer,
-            Category.ACTIVATIONS: min(saved, visit.moment.bytes.get(Category.ACTIVATIONS, 0)),
-            Category.ADAPTER: 0,
-            Category.TEMPORARY: 0,
-        }
+        if visit.moment.phase == Phase.FORWARD:
+            more = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
+        elif self.reshard and visit.unit == next(iter(parts)):
+            more = parts[visit.unit]
+        else:
+            return {}
+        start = {c: visit.moment.start.get(c, 0) for c in (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)}
+        return {**start, Category.GATHERED: here[Category.GATHERED] + more.buffer}
 
     def _wire(self, whole: Footprint, job: Job, parts: dict[str, _Unit], loose: list[Weight]) -> Wire:
         ranks, wire = job.ranks // self.replicas, Wire(job)

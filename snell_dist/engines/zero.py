@@ -86,6 +86,10 @@ class Zero(EngineSection):
             raise ValueError("nvme_path needs offload_optimizer: true or frozen: offload")
         return self
 
+    def __str__(self) -> str:
+        said = self.model_dump(exclude_defaults=True, exclude={"name", "stage"})
+        return " ".join([f"zero stage={self.stage}", *(f"{key}={value}" for key, value in said.items())])
+
     @classmethod
     def variants(cls, ranks: int, nodes: int) -> list[Zero]:
         whole = [cls(name="zero", stage=1), cls(name="zero", stage=2)] if ranks > 1 else []
@@ -329,7 +333,7 @@ def bucket_numbers(trains: list[int]) -> int:
 
 @dataclass(frozen=True)
 class _Flat:
-    """What trains under stages 1 and 2: one flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
+    """What trains under stages 1 and 2: a flat tensor for each of the optimizer's groups. Bytes, but for `numbers`."""
 
     numbers: list[int]  # of each tensor
     sizes: list[int]
@@ -386,8 +390,7 @@ def _reduced(visit: Visit, bucket: int) -> bool:
 
     How far a later micro-batch's gradients have come cannot be seen: where they fill buckets, it may be in any visit.
     """
-    before = visit.before.get(Category.GRADIENTS, 0)
-    full = visit.gradients // bucket > (before // bucket if visit.first else 0)
+    full = visit.gradients // bucket > (visit.gradients_before // bucket if visit.first else 0)
     return at_the_end(visit) or full
 
 

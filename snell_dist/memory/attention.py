@@ -36,9 +36,15 @@ def attend(
     attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """torch's scaled_dot_product_attention, of which this is the upper part. q, k, v [B, heads, N, D]."""
+    """torch's scaled_dot_product_attention, of which this is the upper part. q, k, v [(B,) heads, N, D]."""
     aten = torch.ops.aten
     q, k, v, mask = cache.lowered((query, key, value, attn_mask))
+    if q.is_meta and q.dim() == k.dim() == v.dim() == 3:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        while mask is not None and mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+        batched = partial(attend, cache, choose, scale=scale, enable_gqa=enable_gqa)
+        return batched(q, k, v, mask, dropout_p, is_causal).squeeze(0)
     plain = not q.is_meta or q.dim() != 4 or enable_gqa
     kernel = Kernel.MATH if plain else choose(q, k, v, mask, dropout_p, is_causal)
     if kernel == Kernel.MATH:
@@ -119,7 +125,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that says what to keep as one that is added to the scores."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    zero, never = (torch.scalar_tensor(score, dtype=dtype, device=mask.device) for score in (0.0, -torch.inf))
+    return torch.where(mask, zero, never)
 
 
 def _aligned(mask: Tensor) -> Tensor:

@@ -25,15 +25,16 @@ class Gpu:
     half: float
     single: float
     link: float
+    bfloat16: bool = True  # has units for it
 
 
 PCIE4, PCIE5 = 25.0, 50.0
 KNOWN = {
     gpu.name: gpu
     for gpu in (
-        Gpu("t4", 15360 * MIB, 65, 8.1, 12),
-        Gpu("v100-16gb", 16384 * MIB, 125, 15.7, 150),
-        Gpu("v100-32gb", 32768 * MIB, 125, 15.7, 150),
+        Gpu("t4", 15360 * MIB, 65, 8.1, 12, bfloat16=False),
+        Gpu("v100-16gb", 16384 * MIB, 125, 15.7, 150, bfloat16=False),
+        Gpu("v100-32gb", 32768 * MIB, 125, 15.7, 150, bfloat16=False),
         Gpu("rtx3090", 24576 * MIB, 71, 35.6, PCIE4),
         Gpu("rtx4090", 24564 * MIB, 165, 82.6, PCIE4),
         Gpu("rtx5090", 32607 * MIB, 209, 104, PCIE5),

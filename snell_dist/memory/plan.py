@@ -18,7 +18,7 @@ from typing import Any
 from snell_dist.config import ConfigError, Plugin, UserError
 from snell_dist.engines import EngineSection, Job, Share
 from snell_dist.footprint import Bytes, Category, Footprint, plain
-from snell_dist.memory.gpus import PCIE4, Gpu, in_words
+from snell_dist.memory.gpus import KNOWN, PCIE4, Gpu, in_words
 from snell_dist.memory.overhead import Overhead
 from snell_dist.memory.predict import Prediction, Predictor
 from snell_dist.remat import Remat
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def words(self) -> str:
-        return f"{engine_words(self.engine)}, remat {self.remat.policy}"
+        return f"{self.engine}, remat {self.remat.policy}"
 
 
 @dataclass(frozen=True)
@@ -103,49 +103,51 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     predictor = Predictor(config)
     for policy in policies:
         remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
-        line = Line.through(predictor, size, min(accumulation, 2), remat)
+        line = Line(predictor, size, min(accumulation, 2), remat)
         for engine in engines:
-            options.append(_option(config, machine, overhead, engine, remat, predictor, line, size))
+            options += _options(config, machine, overhead, engine, remat, predictor, line, size)
     own, *others = options
     ordered = [own, *sorted(others, key=lambda option: option.step_s)]
     choice, reason = _choose(ordered, machine)
     return Plan(name, config, machine, predictor.classes, ordered, choice, reason)
 
 
-@dataclass(frozen=True)
 class Line:
-    """Footprints by batch size: every moment's bytes grow in a straight line with the images."""
+    """Footprints by batch size: every moment's bytes grow in a straight line with the images, from two on."""
 
-    small: Prediction
-    large: Prediction
-
-    @classmethod
-    def through(cls, predictor: Predictor, size: int, micro_batches: int, remat: Remat) -> Line:
-        other = size // 2 or 2
-        sizes = sorted((size, other))
-        return cls(*(predictor.predict(each, micro_batches, remat) for each in sizes))
+    def __init__(self, predictor: Predictor, size: int, micro_batches: int, remat: Remat) -> None:
+        self._predictor, self._micro_batches, self._remat = predictor, micro_batches, remat
+        self._exact = {n: self._predict(n) for n in {size, max(size // 2, 2), 4 if size <= 2 else size}}
+        self._ends = [self._exact[n] for n in sorted(self._exact) if n > 1]
 
     @property
     def flops_per_image(self) -> float:
-        return self.large.flops / self.large.micro_batch_size / self.large.micro_batches
+        largest = self._ends[-1]
+        return largest.flops / largest.micro_batch_size / largest.micro_batches
 
     def at(self, size: int) -> Footprint:
-        for known in (self.small, self.large):
-            if known.micro_batch_size == size:
-                return known.footprint
-        slope = (size - self.small.micro_batch_size) / (self.large.micro_batch_size - self.small.micro_batch_size)
-        pairs = zip(self.small.footprint.moments, self.large.footprint.moments, strict=True)
+        low, high = self._ends[0], self._ends[-1]
+        one, two = low.footprint.moments, high.footprint.moments
+        if size == 1 or len(one) != len(two):
+            self._exact[size] = self._exact.get(size) or self._predict(size)
+        if size in self._exact:
+            return self._exact[size].footprint
+        slope = (size - low.micro_batch_size) / (high.micro_batch_size - low.micro_batch_size)
         moments = [
-            replace(two, bytes=_between(one.bytes, two.bytes, slope), start=_between(one.start, two.start, slope))
-            for one, two in pairs
+            replace(n, bytes=_between(m.bytes, n.bytes, slope), start=_between(m.start, n.start, slope))
+            for m, n in zip(one, two, strict=True)
         ]
-        return replace(self.large.footprint, moments=moments)
+        return replace(high.footprint, moments=moments)
+
+    def _predict(self, size: int) -> Prediction:
+        return self._predictor.predict(size, self._micro_batches, self._remat)
 
 
-def _option(
+def _options(
     config: Run, machine: Machine, overhead: Overhead, engine: EngineSection, remat: Remat, predictor: Predictor,
     line: Line, size: int,
-) -> Option:  # fmt: skip
+) -> list[Option]:  # fmt: skip
+    """At the configuration's micro-batch; and where that does not fit, in as many smaller ones as it takes."""
     images = config.data.batch_size // machine.gpus
 
     def needed(micro: int) -> tuple[Share, dict[str, int]]:
@@ -158,11 +160,17 @@ def _option(
         share, estimated = needed(micro)
         return share.footprint.peak_bytes + sum(estimated.values())
 
+    def option(micro: int) -> Option:
+        share, estimated = needed(micro)
+        seconds = _seconds(config, machine, line.flops_per_image * images, share, images // micro)
+        return Option(engine, remat, micro, images // micro, share, estimated, seconds, largest)
+
     largest = _largest(bytes_of, machine.gpu.memory, size)
-    micro = size if largest >= size else max((n for n in range(1, largest + 1) if images % n == 0), default=size)
-    share, estimated = needed(micro)
-    seconds = _seconds(config, machine, line.flops_per_image * images, share, images // micro)
-    return Option(engine, remat, micro, images // micro, share, estimated, seconds, largest)
+    smaller = [n for n in range(1, min(largest, size - 1) + 1) if images % n == 0]
+    if largest >= size or not smaller:
+        return [option(size)]
+    own = engine is config.engine and remat is config.remat
+    return [*([option(size)] if own else []), option(smaller[-1])]
 
 
 def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
@@ -190,7 +198,7 @@ def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
 
 def _seconds(config: Run, machine: Machine, flops: float, share: Share, micro_batches: int) -> float:
     gpu = machine.gpu
-    rate = gpu.half if config.precision.compute == "bfloat16" else gpu.single
+    rate = gpu.half if config.precision.compute == "bfloat16" and gpu.bfloat16 else gpu.single
     compute = flops / (EFFICIENCY * rate * 1e12)
     within = share.wire_bytes - share.between_nodes_bytes
     wire = within / (gpu.link * 1e9) + share.between_nodes_bytes / BETWEEN_NODES + share.messages * LATENCY
@@ -218,15 +226,23 @@ def _can(engine: EngineSection, config: Run) -> bool:
 def _choose(options: Sequence[Option], machine: Machine) -> tuple[Option, str]:
     fitting = [option for option in options if option.bytes <= machine.gpu.memory]
     if not fitting:
-        near = min(options, key=lambda option: option.bytes)
-        raise UserError(
-            f"nothing fits {in_words(machine.gpu.memory)}: the nearest is {near.words}, images at a time"
-            f" {near.micro_batch_size}: {in_words(near.bytes)} on each of {machine.gpus} GPUs"
-        )
+        raise UserError(_nowhere(options, machine))
     fastest = min(fitting, key=lambda option: option.step_s)
     close = [option for option in fitting if option.step_s <= NEAR * fastest.step_s]
     choice = min(close, key=lambda option: (_complexity(option), option.bytes))
     return choice, _reason(choice, options, fitting, machine)
+
+
+def _nowhere(options: Sequence[Option], machine: Machine) -> str:
+    """What comes nearest, and the smallest GPU that has room for it."""
+    near = min(options, key=lambda option: option.bytes)
+    wider = sorted((gpu.memory, gpu.name) for gpu in KNOWN.values() if gpu.memory >= near.bytes)
+    room = f"a GPU of {in_words(wider[0][0])} ({wider[0][1]}) would do" if wider else "none that is known here has that"
+    size = near.micro_batch_size
+    return (
+        f"nothing fits {machine}: the nearest is {near.words}, {size} image{'s' * (size > 1)} at a time, with"
+        f" {in_words(near.bytes)} a GPU; {room}"
+    )
 
 
 def _complexity(option: Option) -> tuple[int, int]:
@@ -238,13 +254,13 @@ def _complexity(option: Option) -> tuple[int, int]:
 def _reason(choice: Option, options: Sequence[Option], fitting: Sequence[Option], machine: Machine) -> str:
     room = machine.gpu.memory - choice.bytes
     if choice.engine.name == "ddp" and choice.remat.policy == "none":
-        sharded = [option for option in fitting if option.engine.shards and option.remat.policy == "none"]
+        sharded = [o for o in fitting if o.engine.shards and o.remat.policy == "none" and not o.share.host_bytes]
         if machine.gpus == 1 or not sharded:
             return f"it fits as it is, with {in_words(room)} to spare; nothing needs dividing or recomputing"
         best = min(sharded, key=lambda option: option.bytes)
         more = best.share.wire_bytes / max(choice.share.wire_bytes, 1)
         return (
-            f"DDP is better here: all of it fits with {in_words(room)} to spare, and {engine_words(best.engine)} would"
+            f"DDP is better here: all of it fits with {in_words(room)} to spare, and {best.engine} would"
             f" send {more:,.0f} times as many bytes a step to save {in_words(choice.bytes - best.bytes)}"
         )
     plainer = [o for o in options if _complexity(o) < _complexity(choice) and o.bytes > machine.gpu.memory]
@@ -267,12 +283,6 @@ def delta(plan: Plan) -> dict[str, Any]:
     ):
         found["data"] = {"micro_batch_size": choice.micro_batch_size}
     return found
-
-
-def engine_words(engine: EngineSection) -> str:
-    """`fsdp frozen=replicate`: the name, and what is not usual."""
-    said = engine.model_dump(exclude_defaults=True, exclude={"name"})
-    return " ".join([engine.name, *(f"{key}={value}" for key, value in said.items())])
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

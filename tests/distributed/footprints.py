@@ -1,7 +1,9 @@
 """What real processes hold and send in a training step, counted without the package's own instrument.
 
     torchrun --nproc-per-node=2 tests/distributed/footprints.py PLAN.json OUT
+    WORLD_SIZE=1024 python tests/distributed/footprints.py PLAN.json OUT
 
+Without torchrun a process pretends to be the first of WORLD_SIZE ranks: torch's fake process group sends nothing.
 PLAN.json: for each name the overrides of a configuration. OUT/<name>.json: what every rank saw in its third step, from
 the moment that the engine took the model. A collective's thread may be the last to let go of a tensor, which torch's
 profiler then does not see: storages are asked, at every operation, whether they are still there.
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -66,6 +69,8 @@ class Alive(TorchDispatchMode):
     def enter(self, phase: str, block: str, model: nn.Module) -> None:
         self.moments.append({"phase": phase, "block": block, "highest": 0, "gradients": 0, "module": model})
         self._look()
+        here = self.moments[-1]
+        here |= {"start": here["highest"], "gradients_at_start": here["gradients"]}
 
     def _look(self) -> None:
         if self.moments:
@@ -82,14 +87,21 @@ def storages(leaves: Any) -> Iterator[Any]:
 
 def main(plan: Path, out: Path) -> None:
     device = torch.device("cpu")
-    with meeting.process_group(device):
+    with meeting.process_group(device) if dist.launched_by_torchrun() else pretended():
         for name, overrides in json.loads(plan.read_text()).items():
-            config = load("demo", overrides, Run).config
-            found = dist.gather_objects(measure(config, device))
+            found = measure(load("demo", overrides, Run).config, device)
+            ranks = dist.gather_objects(found) if dist.launched_by_torchrun() else [found]
             if dist.rank() == 0:
-                (out / f"{name}.json").write_text(json.dumps(found))
-            dist.barrier()
+                (out / f"{name}.json").write_text(json.dumps(ranks))
     dist.leave(0)
+
+
+@contextmanager
+def pretended() -> Iterator[None]:
+    if dist.world_size() > 1:
+        store = FakeStore()
+        torch.distributed.init_process_group("fake", store=store, rank=0, world_size=dist.world_size())
+    yield
 
 
 def measure(config: Run, device: torch.device) -> dict[str, Any]:
