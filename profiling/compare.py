@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="ViT-B alone, at batch 8 in float32")
     parser.add_argument("--out", type=Path, default=Path("profiling/results/memory"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     predictions = dict(track(predicted(quick=args.quick), "predicting", total=None))
     rows = [row(*key, prediction) for key, prediction in predictions.items()]
     page = Page(
