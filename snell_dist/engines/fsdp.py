@@ -189,21 +189,24 @@ class Fsdp(EngineSection):
         return there + (parts[visit.unit].padded if visit.unit != OUTSIDE else 0) + ahead
 
     def _gathering(self, visit: Visit, here: Bytes, parts: dict[str, _Unit]) -> Bytes:
-        """What is otherwise when a block has just been gathered: it has computed nothing, and one more buffer is full.
+        """What is otherwise when a unit has just been gathered: it has computed nothing, and its buffer is full.
 
-        In backward that is so for the first block alone: the others' buffers make room for the next one's.
+        So is in forward the buffer before it; in backward none is full yet for the next one.
         """
-        blocks = [u for u in visit.entered if u != OUTSIDE]
-        if not visit.enters or visit.unit == OUTSIDE or visit.moment.phase == Phase.STEP:
-            return {}
-        if visit.moment.phase == Phase.FORWARD:
-            more = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
-        elif self.reshard and visit.unit == next(iter(parts)):
-            more = parts[visit.unit]
+        blocks, own = [u for u in visit.entered if u != OUTSIDE], parts[visit.unit]
+        if visit.moment.phase == Phase.FORWARD and visit.unit != OUTSIDE and visit.enters:
+            previous = parts[blocks[-2]] if len(blocks) > 1 else parts[OUTSIDE]
+            gathered = here[Category.GATHERED] + previous.buffer
+        elif visit.moment.phase in BACKWARD and self.reshard and (visit.enters if blocks else visit.before is None):
+            gathered = parts[OUTSIDE].padded + own.buffer + (own.padded if visit.unit != OUTSIDE else 0)
         else:
             return {}
-        start = {c: visit.moment.start.get(c, 0) for c in (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)}
-        return {**start, Category.GATHERED: here[Category.GATHERED] + more.buffer}
+        start = visit.moment.start
+        return {
+            **{c: start.get(c, 0) for c in (Category.ACTIVATIONS, Category.ADAPTER, Category.TEMPORARY)},
+            Category.GRADIENTS: max(here[Category.GRADIENTS] - visit.gradients + start.get(Category.GRADIENTS, 0), 0),
+            Category.GATHERED: gathered,
+        }
 
     def _wire(self, whole: Footprint, job: Job, parts: dict[str, _Unit], loose: list[Weight]) -> Wire:
         ranks, wire = job.ranks // self.replicas, Wire(job)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from snell_dist.config import load
 from snell_dist.feed import Feed
 from snell_dist.run_config import Run
 
+SETTLES_S = 0.0005  # until a collective's thread has let go of what only chance makes it hold
 MEASURED = 2  # the step of which is told; states exist, DDP has rebuilt its buckets
 
 
@@ -74,9 +76,15 @@ class Alive(TorchDispatchMode):
 
     def _look(self) -> None:
         if self.moments:
-            here, live = self.moments[-1], sum(storage.nbytes() for storage in self._made)
+            here, live = self.moments[-1], self._live()
+            if live > here["highest"] and torch.distributed.is_initialized():
+                time.sleep(SETTLES_S)
+                live = self._live()
             if live > here["highest"]:
                 here |= {"highest": live, "gradients": gradient_bytes(here["module"])}
+
+    def _live(self) -> int:
+        return sum(storage.nbytes() for storage in self._made)
 
 
 def storages(leaves: Any) -> Iterator[Any]:

@@ -49,15 +49,16 @@ def whole() -> Footprint:
     ]
     for i, block in reversed(list(enumerate(BLOCKS))):
         gradients += trained[block]
-        moments.append(moment(Phase.BACKWARD, block, (i + 1) * ACTIVATIONS, gradients))
+        moments.append(moment(Phase.BACKWARD, block, (i + 1) * ACTIVATIONS, gradients, trained[block]))
     moments.append(Moment(Phase.STEP, "", "", HELD_WHOLE | {Category.GRADIENTS: TRAINS, Category.TEMPORARY: TRAINS}))
     owners = [Owner(f"{block}.linear", block, Category.FROZEN, FROZEN // 3) for block in BLOCKS]
     return Footprint(moments, HELD_WHOLE, owners)
 
 
-def moment(phase: Phase, block: str, activations: int, gradients: int) -> Moment:
+def moment(phase: Phase, block: str, activations: int, gradients: int, own: int = 0) -> Moment:
     here = {Category.ACTIVATIONS: activations, Category.TEMPORARY: 2_000_000, Category.GRADIENTS: gradients}
-    start = HELD_WHOLE | {Category.ACTIVATIONS: activations - (ACTIVATIONS if phase == Phase.FORWARD else 0)}
+    before = activations - (ACTIVATIONS if phase == Phase.FORWARD else 0)
+    start = HELD_WHOLE | {Category.ACTIVATIONS: before, Category.GRADIENTS: gradients - own}
     return Moment(phase, block, "", HELD_WHOLE | here, start)
 
 
