@@ -83,9 +83,10 @@ class Case:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="ViT-B alone")
+    parser.add_argument("--quick", action="store_true", help="ViT-B alone, at batch 8 in float32")
     parser.add_argument("--out", type=Path, default=Path("profiling/results/memory"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     predictions = dict(track(predicted(quick=args.quick), "predicting", total=None))
     rows = [row(*key, prediction) for key, prediction in predictions.items()]
     page = Page(
@@ -117,11 +118,11 @@ def ran() -> dict[str, str]:
 
 def predicted(quick: bool) -> Iterator[tuple[tuple[str, Case, int], Prediction]]:
     """Every model at batch 8; the first two by batch, and the paper's three with attention written out."""
-    backbones = list(BACKBONES)[:1] if quick else list(BACKBONES)
-    cases = [Case(backbone, *setting) for backbone, setting in itertools.product(backbones, SETTINGS)]
+    backbones, settings = (PAPER[:1], SETTINGS[:1]) if quick else (list(BACKBONES), SETTINGS)
+    cases = [Case(backbone, *setting) for backbone, setting in itertools.product(backbones, settings)]
     cases += [Case(backbone, attention="explicit") for backbone in backbones if backbone in PAPER]
     for case in cases:
-        varied = case.backbone in backbones[:2] and case.attention == "fused"
+        varied = case.backbone in backbones[:2] and case.attention == "fused" and not quick
         for method in METHODS:
             predictor = Predictor(case.config(method, BATCH))
             for batch in (BATCH, 1, 32, 128) if varied else (BATCH,):
@@ -156,9 +157,13 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
             for rival, words in {"LoRA-8": "LoRA-8", "sparse": "full sparse tuning", "full": "full tuning"}.items()
         )
         yield f"{backbone}, batch {BATCH}, float32: a step of SNELL-8 peaks at {in_words(own)}, {others}."
-    for card in (24, 80):
-        fits = {m: largest(rows, backbones, m, card * GIB) for m in ("SNELL-8", "LoRA-8", "sparse", "full")}
-        words = ", ".join(f"{method} {name or 'none of them'}" for method, name in fits.items())
+    recomputed = [row for row in rows if row.labels["remat"] == "block" and row.labels["batch"] == BATCH]
+    for card in (24, 80) if recomputed else ():
+        largest = {
+            method: max((row for row in recomputed if fits(row, method, card)), key=size, default=None)
+            for method in ("SNELL-8", "LoRA-8", "sparse", "full")
+        }
+        words = ", ".join(f"{m} {row.labels['backbone'] if row else 'none of them'}" for m, row in largest.items())
         yield f"The largest model that trains on {card} GiB at batch {BATCH}, in bfloat16 and recomputed: {words}."
     for method in ("LoRA-8", "SNELL-8"):
         beside = ", ".join(
@@ -170,12 +175,12 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Under the settings of the paper's Table A12, {method}: {beside}."
 
 
-def largest(rows: Sequence[Row], backbones: Sequence[str], method: str, memory: int) -> str | None:
-    """The backbone that takes most, of those that fit."""
-    wanted = {"method": method, "batch": BATCH, "precision": "bfloat16", "remat": "block"}
-    fitting = [row for row in rows if wanted.items() <= row.labels.items() and row.peak_bytes + row.beyond <= memory]
-    held = {str(row.labels["backbone"]): row.peak_bytes for row in fitting}
-    return max(held, key=held.__getitem__, default=None)
+def fits(row: Row, method: str, card_gib: int) -> bool:
+    return row.labels["method"] == method and row.peak_bytes + row.beyond <= card_gib * GIB
+
+
+def size(row: Row) -> int:
+    return row.peak_bytes
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="ViT-L alone, with 8 images a GPU")
     parser.add_argument("--out", type=Path, default=Path("profiling/results/scaling"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     models, images = (MODELS[1:], IMAGES[:1]) if args.quick else (MODELS, IMAGES)
     rows = [row for model in track(models, "predicting") for row in predicted(model, images)]
     page = Page(

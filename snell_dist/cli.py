@@ -202,6 +202,20 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--json", action="store_true", help="for machines")
     planned.set_defaults(command=_plan)
 
+    profiled = commands.add_parser(
+        "profile",
+        help="the memory of a real step, beside what was predicted",
+        description="Measures a step of a configuration here, with made-up images, and compares it with its prediction;"
+        " under torchrun, of every rank. The errors are remembered, and `snell plan` cites them.",
+    )
+    _takes_config(profiled)
+    profiled.add_argument("--json", action="store_true", help="for machines")
+    profiled.set_defaults(command=_profile)
+    for remembers in (planned, profiled):
+        remembers.add_argument(
+            "--history", type=Path, default=Path("runs/memory.jsonl"), metavar="FILE", help="default: runs/memory.jsonl"
+        )
+
     measure = commands.add_parser(
         "eval",
         help="accuracy of a base before training, or of a finished run",
@@ -386,7 +400,7 @@ def _plan(args: argparse.Namespace) -> int:
     gpu = gpus.find(args.gpu, args.gpu_memory)
     import json
 
-    from snell_dist.memory import plan, words
+    from snell_dist.memory import plan, profile, words
     from snell_dist.memory.overhead import Overhead
 
     overhead = Overhead().changed(args.overhead)
@@ -397,7 +411,35 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.as_json(made), indent=2))
     else:
-        print(words.plan(made, loaded.config.data.class_count() is None))
+        past = profile.past(args.history, loaded.config)
+        print(words.plan(made, loaded.config.data.class_count() is None, past))
+    return Exit.DONE
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.run_config import Run
+
+    loaded = load(args.config, args.overrides, Run)
+    import json
+
+    from snell_dist import log, meeting
+    from snell_dist.memory import profile, words
+
+    log.set_up()
+    try:
+        device = dist.pick_device(loaded.config.train.device)
+        with meeting.process_group(device):
+            found = profile.profile(loaded.config, device)
+            said = json.dumps(profile.as_json(found)) if args.json else words.profiled(found, loaded.name, dist.rank())
+            for each in dist.gather_objects(said):
+                if dist.rank() == 0:
+                    print(each)
+            if dist.rank() == 0:
+                profile.remember(found, loaded.name, loaded.config, device, args.history)
+            dist.barrier()
+    except ConfigError as error:
+        raise loaded.locate(error) from None
     return Exit.DONE
 
 

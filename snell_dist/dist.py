@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -28,19 +29,32 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_CHECK_S = 1.0
 PR_SET_PDEATHSIG = 1
+_alone = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this thread takes its process for the only one: what it computes is no matter of the other ranks."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return 0 if _alone.get() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _alone.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
     """Processes of this group on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))  # as DeepSpeed calls it
+    return (
+        1 if _alone.get() else int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
+    )  # as DeepSpeed calls it
 
 
 def pick_device(name: str) -> torch.device:

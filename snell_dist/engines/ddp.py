@@ -60,12 +60,12 @@ class Ddp(EngineSection):
         def change(visit: Visit) -> Bytes:
             apart = job.micro_batches > 1 and visit.moment.phase != Phase.STEP
             gradients = visit.moment.bytes.get(Category.GRADIENTS, 0) if apart else 0
-            return {Category.GRADIENTS: gradients, Category.COMMUNICATION: trains}
+            return {Category.GRADIENTS: gradients + trains}
 
         wire, buckets = Wire(job), _buckets([w.bytes for w in reversed(job.weights) if w.trains])
         for size in buckets:
             wire.all_reduce(size, job.ranks)
-        return wire.share(along(whole, job, change, {Category.COMMUNICATION: trains}))
+        return wire.share(along(whole, job, change, {}))
 
 
 def bucket_mib(trains: int) -> float:

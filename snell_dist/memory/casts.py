@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -100,15 +100,9 @@ def eligible(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_meta and x.is_floating_point() and x.dtype != torch.float64
 
 
-def calls(device_type: str, cache: Cache) -> dict[str, Callable[..., Any]]:
+def calls(device_type: str, kept: Cache) -> dict[str, Callable[..., Any]]:
     """What to call in place of each op that autocast of this device type touches, by name (`softmax.int`)."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
-    touched = [
-        name.removeprefix("aten::")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-    ]
-    policies: dict[str, Callable[..., Arguments]] = dict.fromkeys(touched, _in_float32)
+    policies: dict[str, Callable[..., Arguments]] = dict.fromkeys(_touched(device_type), _in_float32)
     for names, policy in ((LOWERED, _lowered), (PROMOTED, _promoted), (WIDENED, _widened)):
         policies |= dict.fromkeys(names[device_type].split(), policy)
     policies |= dict.fromkeys(RENAMED[device_type], _with_dtype)
@@ -116,8 +110,18 @@ def calls(device_type: str, cache: Cache) -> dict[str, Callable[..., Any]]:
     for name, policy in policies.items():
         op = overload(name)
         wide = overload(RENAMED[device_type].get(name, name))
-        found[name] = partial(_call, cache, policy, op, wide)
+        found[name] = partial(_call, kept, policy, op, wide)
     return found
+
+
+@cache
+def _touched(device_type: str) -> list[str]:
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
+    return [
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    ]
 
 
 def overload(name: str) -> OpOverload:
@@ -128,35 +132,35 @@ def overload(name: str) -> OpOverload:
 
 
 def _call(
-    cache: Cache, policy: Callable[..., Arguments], op: OpOverload, wide: OpOverload, *args: Any, **options: Any
+    kept: Cache, policy: Callable[..., Arguments], op: OpOverload, wide: OpOverload, *args: Any, **options: Any
 ) -> Any:
     if is_on() and any(map(eligible, tree_leaves((args, options)))):
-        args, options = policy(cache, wide, args, options)
+        args, options = policy(kept, wide, args, options)
         return wide(*args, **options)
     return op(*args, **options)
 
 
-def _lowered(cache: Cache, op: OpOverload, *given: Any) -> Arguments:
-    return cache.cast(low(), given)
+def _lowered(kept: Cache, op: OpOverload, *given: Any) -> Arguments:
+    return kept.cast(low(), given)
 
 
-def _in_float32(cache: Cache, op: OpOverload, *given: Any) -> Arguments:
-    return cache.cast(torch.float32, given)
+def _in_float32(kept: Cache, op: OpOverload, *given: Any) -> Arguments:
+    return kept.cast(torch.float32, given)
 
 
-def _promoted(cache: Cache, op: OpOverload, *given: Any) -> Arguments:
+def _promoted(kept: Cache, op: OpOverload, *given: Any) -> Arguments:
     others = {leaf.dtype for leaf in filter(eligible, tree_leaves(given))} - {low()}
-    return cache.cast(torch.float32 if others else low(), given)
+    return kept.cast(torch.float32 if others else low(), given)
 
 
-def _widened(cache: Cache, op: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
+def _widened(kept: Cache, op: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
     """With dtype float32, unless one is asked for."""
     names = [argument.name for argument in op._schema.arguments]
     said = dict(zip(names, args, strict=False)) | options
     return (), {**said, "dtype": torch.float32 if said.get("dtype") is None else said["dtype"]}
 
 
-def _with_dtype(cache: Cache, op: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
+def _with_dtype(kept: Cache, op: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> Arguments:
     """Of an overload that has no defaults; keepdim is the last of its arguments."""
     args = (*args, *options.values())
     short = len([a for a in op._schema.arguments if not a.kwarg_only]) - len(args)

@@ -59,7 +59,7 @@ def shorten(backbone: Backbone) -> tuple[list[Row], list[nn.Parameter]]:
             rows.append(Row(row[0], row[1], tuple(row[2:-1]), row[-1], backbone.blocks))
             for address in rows[-1].out:
                 block = backbone.model.get_submodule(backbone.blocks[address])
-                block.forward = _hand_on  # type: ignore[method-assign, assignment]
+                block.forward = _hand_on
                 left_out += [p for p in block.parameters() if p.requires_grad]
     return rows, left_out
 

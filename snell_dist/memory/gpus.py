@@ -25,31 +25,36 @@ class Gpu:
     half: float
     single: float
     link: float
-    bfloat16: bool = True  # has units for it
+    capability: tuple[int, int]  # CUDA's compute capability
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it has units for it."""
+        return self.capability >= (8, 0)
 
 
 PCIE4, PCIE5 = 25.0, 50.0
 KNOWN = {
     gpu.name: gpu
     for gpu in (
-        Gpu("t4", 15360 * MIB, 65, 8.1, 12, bfloat16=False),
-        Gpu("v100-16gb", 16384 * MIB, 125, 15.7, 150, bfloat16=False),
-        Gpu("v100-32gb", 32768 * MIB, 125, 15.7, 150, bfloat16=False),
-        Gpu("rtx3090", 24576 * MIB, 71, 35.6, PCIE4),
-        Gpu("rtx4090", 24564 * MIB, 165, 82.6, PCIE4),
-        Gpu("rtx5090", 32607 * MIB, 209, 104, PCIE5),
-        Gpu("a10", 23028 * MIB, 125, 62.5, PCIE4),
-        Gpu("l4", 23034 * MIB, 121, 60, PCIE4),
-        Gpu("a40", 46068 * MIB, 150, 75, PCIE4),
-        Gpu("a6000", 49140 * MIB, 155, 77, PCIE4),
-        Gpu("l40s", 46068 * MIB, 362, 183, PCIE4),
-        Gpu("a100-40gb", 40960 * MIB, 312, 156, 300),
-        Gpu("a100", 81920 * MIB, 312, 156, 300),
-        Gpu("h100", 81559 * MIB, 989, 495, 450),
-        Gpu("h100-pcie", 81559 * MIB, 756, 378, PCIE5),
-        Gpu("gh200", 97871 * MIB, 989, 495, 450),
-        Gpu("h200", 143771 * MIB, 989, 495, 450),
-        Gpu("b200", 183359 * MIB, 2250, 1125, 900),
+        Gpu("t4", 15360 * MIB, 65, 8.1, 12, (7, 5)),
+        Gpu("v100-16gb", 16384 * MIB, 125, 15.7, 150, (7, 0)),
+        Gpu("v100-32gb", 32768 * MIB, 125, 15.7, 150, (7, 0)),
+        Gpu("rtx3090", 24576 * MIB, 71, 35.6, PCIE4, (8, 6)),
+        Gpu("rtx4090", 24564 * MIB, 165, 82.6, PCIE4, (8, 9)),
+        Gpu("rtx5090", 32607 * MIB, 209, 104, PCIE5, (12, 0)),
+        Gpu("a10", 23028 * MIB, 125, 62.5, PCIE4, (8, 6)),
+        Gpu("l4", 23034 * MIB, 121, 60, PCIE4, (8, 9)),
+        Gpu("a40", 46068 * MIB, 150, 75, PCIE4, (8, 6)),
+        Gpu("a6000", 49140 * MIB, 155, 77, PCIE4, (8, 6)),
+        Gpu("l40s", 46068 * MIB, 362, 183, PCIE4, (8, 9)),
+        Gpu("a100-40gb", 40960 * MIB, 312, 156, 300, (8, 0)),
+        Gpu("a100", 81920 * MIB, 312, 156, 300, (8, 0)),
+        Gpu("h100", 81559 * MIB, 989, 495, 450, (9, 0)),
+        Gpu("h100-pcie", 81559 * MIB, 756, 378, PCIE5, (9, 0)),
+        Gpu("gh200", 97871 * MIB, 989, 495, 450, (9, 0)),
+        Gpu("h200", 143771 * MIB, 989, 495, 450, (9, 0)),
+        Gpu("b200", 183359 * MIB, 2250, 1125, 900, (10, 0)),
     )
 }
 UNNAMED = "a100"  # whose speeds stand for those of a GPU that only its memory is known of

@@ -100,7 +100,7 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     options: list[Option] = []
     policies = dict.fromkeys([config.remat.policy, "none", "selective", "block"])
     engines = _engines(config, machine)
-    predictor = Predictor(config)
+    predictor = Predictor(config, capability=machine.gpu.capability)
     for policy in policies:
         remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
         line = Line(predictor, size, min(accumulation, 2), remat)

@@ -8,14 +8,15 @@ numbers; `standing_for` has them take the kernels and casts that the device's wo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from snell_dist import remat
+from snell_dist import dist, remat
 from snell_dist.engines.ddp import Ddp
 from snell_dist.footprint import Footprint, Weight
 from snell_dist.memory import depth, rehearsal
-from snell_dist.memory.standin import as_on, standing_for
+from snell_dist.memory.standin import AMPERE, as_on, standing_for
 from snell_dist.remat import Remat
 from snell_dist.run_config import Run
 
@@ -44,17 +45,18 @@ class Prediction:
 class Predictor:
     """One configuration on one device of a type ("cuda", "cpu"), for any number of images and any recomputation.
 
-    every_block: run them all, instead of three of each row of equal ones.
+    capability: the GPU's compute capability, by which attention chooses its kernel. every_block: run them all, instead of three of each row of equal ones.
     Raises ConfigError where sections do not fit each other.
     """
 
-    def __init__(self, config: Run, device_type: str = "cuda", every_block: bool = False) -> None:
+    def __init__(
+        self, config: Run, device_type: str = "cuda", capability: tuple[int, int] = AMPERE, every_block: bool = False
+    ) -> None:
         self._device_type, self._every_block, self._remat = device_type, every_block, config.remat
+        self._standing = partial(standing_for, device_type, capability)
         plain = config.model_copy(update={"remat": Remat()})
-        with standing_for(device_type):
-            self._made = rehearsal.prepare(
-                plain, META, engine=Ddp(name="ddp"), change=lambda optimizer: as_on(device_type, optimizer)
-            )
+        with self._standing(), dist.alone():
+            self._made = rehearsal.prepare(plain, META, engine=Ddp(name="ddp"), change=partial(as_on, device_type))
             rehearsal.make_state(self._made)
 
     @property
@@ -77,7 +79,7 @@ class Predictor:
         remat.apply(policy or self._remat, backbone.block_modules)
         rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
         batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
-        with standing_for(self._device_type):
+        with self._standing(), dist.alone():
             made = replace(self._made, batches=batches)
             reading = rehearsal.record(made, "meta", self._device_type, left_out)
         flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)

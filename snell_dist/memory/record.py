@@ -7,8 +7,8 @@ ledger keeps each storage's birth and death, and `footprint` tells categories ap
     given by the caller        parameters, buffers, optimizer state, inputs; gradients when they are accumulated
     saved activations          born in a forward (or its recomputation) and alive after it
     adapter temporaries        born and dead within one visit of an adapted layer
-    gathered shards            resized in place, as FSDP2 does with whole parameters
-    communication              given to a collective
+    gathered shards            resized in place, as FSDP2 does with whole parameters, or given to an all-gather
+    communication              given to another collective
     other temporaries          the rest
 
 Modules are followed by forward hooks, in backward by the graph's nodes that made a module's outputs and inputs.
@@ -131,7 +131,8 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)) if collective else _tensors(args):
             storage = self._book(leaf)
             if collective and storage is not None and storage.category is None:
-                storage.category = Category.COMMUNICATION
+                gathers = "gather" in function._schema.name
+                storage.category = Category.GATHERED if gathers else Category.COMMUNICATION
         self._recomputing()
         implementation = library.inside(function)
         if implementation is None:

@@ -29,7 +29,7 @@ from snell_dist.tasks import Task
 CLASSES = 1000  # of a classifier, where the data does not say without a look at it
 LR = 1e-6
 
-OptimizerChanger = Callable[[torch.optim.Optimizer], None]
+OptimizerChanger = Callable[[torch.optim.Optimizer], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def prepare(
     micro_batch_size: int = 1,
     accumulation: int = 1,
     engine: EngineSection | None = None,
-    change: OptimizerChanger = lambda optimizer: None,
+    change: OptimizerChanger = lambda optimizer: optimizer,
 ) -> Rehearsal:
     """Everything of a step on a device. `engine`: in place of the configuration's; `change`: the optimizer's settings.
 
@@ -114,9 +114,7 @@ def prepare(
     remat.apply(config.remat, backbone.block_modules)
 
     def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        optimizer = optim.make_optimizer(config.optim, named)
-        change(optimizer)
-        return optimizer
+        return change(optim.make_optimizer(config.optim, named))
 
     work = Work(
         model=backbone.model,
@@ -163,8 +161,9 @@ def own(ledger: Ledger, rehearsal: Rehearsal) -> None:
     model = rehearsal.backbone.model
     for category, trains in ((Category.FROZEN, False), (Category.TRAINABLE, True)):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad == trains]
-        ledger.own([(n.rpartition(".")[0], _local(p)) for n, p in named], category)
-    ledger.own([(n.rpartition(".")[0], b) for n, b in model.named_buffers()], Category.BUFFERS)
+        ledger.own([(_owner(n), _part(p)) for n, p in named], category)
+        ledger.own([(_owner(n), p) for n, p in named if _part(p) is not p and not _sharded(p)], Category.GATHERED)
+    ledger.own([(_owner(n), b) for n, b in model.named_buffers()], Category.BUFFERS)
     ledger.own(_state(rehearsal.engine), Category.OPTIMIZER)
 
 
@@ -186,15 +185,28 @@ def batches(shape: tuple[int, int, int], size: int, accumulation: int) -> list[B
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n.rpartition(".")[0], _local(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
+    return [(_owner(n), _part(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
 
 
 def _state(engine: Engine) -> list[tuple[str, Tensor]]:
     """The optimizer's tensors, which are among those that an engine holds and no parameter or buffer."""
-    kept = {id(_local(t)) for t in (*engine.model.parameters(), *engine.model.buffers())}
-    return [(OUTSIDE, tensor) for tensor in engine.held() if id(tensor) not in kept]
+    kept = {_storage(_part(t)) for t in (*engine.model.parameters(), *engine.model.buffers())}
+    return [(OUTSIDE, tensor) for tensor in engine.held() if _storage(tensor) not in kept]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _owner(parameter: str) -> str:
+    """The name of a parameter's module."""
+    return parameter.rpartition(".")[0]
+
+
+def _sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _part(tensor: Any) -> Tensor:
+    """This rank's part of a tensor that FSDP2 or ZeRO-3 has divided."""
+    return tensor.to_local() if _sharded(tensor) else getattr(tensor, "ds_tensor", tensor)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

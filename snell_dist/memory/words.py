@@ -10,6 +10,7 @@ from snell_dist.footprint import OUTSIDE, Bytes, Moment
 from snell_dist.log import columns
 from snell_dist.memory.gpus import in_words
 from snell_dist.memory.plan import Option, Plan, delta
+from snell_dist.memory.profile import Profiled, compared
 
 
 def plan(made: Plan, assumed_classes: bool, past: str | None = None) -> str:
@@ -89,3 +90,31 @@ def _row(made: Plan, option: Option, cheapest: float) -> tuple[str, ...]:
 
 def _sizes(found: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {in_words(size)}" for name, size in found.items() if size)
+
+
+def profiled(found: Profiled, name: str, rank: int) -> str:
+    """Predicted, measured, signed error: of the peak, by category, by block."""
+    one, two = found.predicted.footprint, found.measured
+    rows = [("", "predicted", "measured", "error"), _compared("peak", one.peak_bytes, two.peak_bytes)]
+    if found.allocated is not None:
+        rows.append(_compared("peak, as the allocator counts", one.peak_bytes, found.allocated))
+    tables = compared(found)
+    rows += [_compared(f"  {what}", *sizes) for what, *sizes in tables["categories"]]
+    rows += [("by block, at the peak", "", "", "")]
+    rows += [_compared(f"  {block or 'outside'}", *sizes) for block, *sizes in tables["blocks"]]
+    times = f"a step takes {found.step_s:.3f} s, recorded {found.recorded_s:.3f} s"
+    return "\n".join(
+        [
+            f"{name}, rank {rank}: predicted in {where(one.peak)}; measured in {where(two.peak)}",
+            "",
+            *columns(rows, right=(1, 2, 3)),
+            "",
+            f"{times} ({found.recorded_s / found.step_s:.1f} times)",
+            *(f"{what}: {in_words(size)}" for what, size in found.device.items()),
+        ]
+    )
+
+
+def _compared(what: str, predicted: int, measured: int) -> tuple[str, str, str, str]:
+    error = f"{predicted / measured - 1:+.2%}" if measured else ""
+    return what, in_words(predicted), in_words(measured), error

@@ -1,5 +1,4 @@
-// Draws the charts of a memory report from its data (memory.py, _entry) with Plotly.
-// Both are in the page, compressed.
+// Draws the charts of a memory report from its data (memory.py, _entry) with Plotly; both are in the page, compressed.
 async function unpacked(id) {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), letter => letter.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 PEAK, PART = 0.005, 0.01  # of the issue: of the whole peak; of each category and block
 SIZES: dict[str, dict[str, Any]] = {
     "vit": {"size": "tiny", "image_size": 96, "patch_size": 16, "depth": 5},
-    "swin": {"size": "tiny", "image_size": 96, "width": 48, "depths": [2, 2, 4, 2], "heads": [2, 4, 4, 8], "window_size": 3},
+    "swin": {
+        "size": "tiny", "image_size": 96, "width": 48, "depths": [2, 2, 4, 2], "heads": [2, 4, 4, 8], "window_size": 3,
+    },
     "convnext": {"size": "tiny", "image_size": 96, "widths": [48, 96, 96, 192], "depths": [2, 2, 5, 2]},
     "clip": {
         "size": "ViT-B-32", "image_size": 96, "patch_size": 16, "width": 192, "depth": 5, "heads": 4, "features": 64,
