@@ -45,7 +45,8 @@ class Prediction:
 class Predictor:
     """One configuration on one device of a type ("cuda", "cpu"), for any number of images and any recomputation.
 
-    capability: the GPU's compute capability, by which attention chooses its kernel. every_block: run them all, instead of three of each row of equal ones.
+    capability: the GPU's compute capability, by which attention chooses its kernel. every_block: run them all, instead
+    of three of each row of equal ones.
     Raises ConfigError where sections do not fit each other.
     """
 
