@@ -14,7 +14,8 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from snell_dist.config import check
 from snell_dist.memory.gpus import GIB, MIB, in_words
 from snell_dist.memory.overhead import Overhead
 from snell_dist.memory.predict import Prediction, Predictor
+from snell_dist.remat import Remat
 from snell_dist.report.memory import Page, Row, write
 from snell_dist.run_config import Run
 
@@ -125,9 +127,18 @@ def predicted(quick: bool) -> Iterator[tuple[tuple[str, Case, int], Prediction]]
     for case in cases:
         varied = case.backbone in backbones[:2] and case.attention == "fused" and not quick
         for method in METHODS:
-            predictor = Predictor(case.config(method, BATCH))
             for batch in (BATCH, 1, 32, 128) if varied else (BATCH,):
-                yield (method, case, batch), predictor.predict(batch)
+                policy = Remat(policy=case.remat)
+                yield (
+                    (method, case, batch),
+                    predictor(method, replace(case, remat="none")).predict(batch, policy=policy),
+                )
+
+
+@lru_cache(len(METHODS))
+def predictor(method: str, case: Case) -> Predictor:
+    """For every recomputation, of cases that follow each other."""
+    return Predictor(case.config(method, BATCH))
 
 
 def row(method: str, case: Case, batch: int, prediction: Prediction) -> Row:
