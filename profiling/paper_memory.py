@@ -137,8 +137,8 @@ def report(found: dict[str, dict[str, Footprint]]) -> str:
 WHY = [
     "- LoRA holds the same tensors in both; what is left may be what no tensor is, such as the allocator's rounding.",
     "- SNELL-8 is below the paper's, whose code makes each layer's delta whole, with its distances, magnitudes and a"
-    " sort of them beside it, all there at once when backward is in the largest layer; ours goes by tiles. In that structure"
-    " the same ledger gives the row below; the sort's own workspace on a GPU is no tensor and comes on top.",
+    " sort of them beside it, all there at once when backward is in the largest layer; ours goes by tiles. In that"
+    " structure the same ledger gives the row below; the sort's own workspace on a GPU is no tensor and comes on top.",
     "- Full sparse tuning is the paper's GPS, which tunes the weights themselves. Ours keeps the base frozen beside a"
     " dense delta, one copy of the weights more, so that one base serves many tasks.",
 ]
