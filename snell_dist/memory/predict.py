@@ -14,9 +14,10 @@ import torch
 
 from snell_dist import dist, remat
 from snell_dist.engines.ddp import Ddp
-from snell_dist.footprint import Footprint, Weight
+from snell_dist.footprint import Footprint, Phase, Weight
 from snell_dist.memory import depth, rehearsal
 from snell_dist.memory.standin import AMPERE, as_on, standing_for
+from snell_dist.memory.timeline import Birth, Reading
 from snell_dist.remat import Remat
 from snell_dist.run_config import Run
 
@@ -74,6 +75,17 @@ class Predictor:
 
     def predict(self, micro_batch_size: int, micro_batches: int = 1, policy: Remat | None = None) -> Prediction:
         """One step. policy: in place of the configuration's."""
+        reading, rows = self._read(micro_batch_size, micro_batches, policy)
+        flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
+        return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
+
+    def births(self, phase: Phase, module: str, micro_batch_size: int, micro_batches: int = 1) -> list[Birth]:
+        """What that step makes while this module is at work in this phase."""
+        return depth.births(*self._read(micro_batch_size, micro_batches), phase, module)
+
+    def _read(
+        self, micro_batch_size: int, micro_batches: int, policy: Remat | None = None
+    ) -> tuple[Reading, list[depth.Row]]:
         backbone = self._made.backbone
         for block in backbone.block_modules:
             vars(block).pop("forward", None)  # what the last call put there
@@ -82,9 +94,7 @@ class Predictor:
         batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
         with self._standing(), dist.alone():
             made = replace(self._made, batches=batches)
-            reading = rehearsal.record(made, "meta", self._device_type, left_out)
-        flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
-        return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
+            return rehearsal.record(made, "meta", self._device_type, left_out), rows
 
 
 def predict(config: Run, micro_batch_size: int | None = None, micro_batches: int = 1) -> Prediction:
