@@ -157,7 +157,7 @@ def text(failure: Failure, diagnosis: Diagnosis | None, why: str, folder: Path) 
     return "\n".join([head, "", *log.columns(rows), *_help(diagnosis, folder), *_fragments(failure)])
 
 
-_UNSURE = ", or what comes before it: the gradients after it are there"
+_UNSURE = ", or a module before it: gradients have come so far"
 
 
 def _where(failure: Failure) -> str:

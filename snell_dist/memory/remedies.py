@@ -20,6 +20,7 @@ from snell_dist.engines.fsdp import Fsdp
 from snell_dist.footprint import Footprint, Phase
 from snell_dist.memory import words
 from snell_dist.memory.device import Figures
+from snell_dist.memory.gpus import MIB
 from snell_dist.memory.plan import Line
 from snell_dist.memory.predict import Prediction, Predictor
 from snell_dist.memory.standin import AMPERE
@@ -29,6 +30,8 @@ from snell_dist.run_config import Run
 CONFIG, FAILURE, DIAGNOSIS = "config.yaml", "failure.json", "diagnosis.json"
 SHOWN = 3  # changes
 MARGIN = 0.95  # of the room, which a change may fill
+# of the CPU's: what the peak's own recording in the third step takes (`measure`), and the heap's loose pieces
+SLACK = 160 * MIB
 LEAST = 0.01  # of the peak, for a saving that is worth a word
 
 
@@ -131,7 +134,7 @@ def diagnose(file: Path, failure: Failure) -> Diagnosis:
     own = case.weigh((), failure.micro_batch_size)
     births = case.requests(own)
     live = _live(own, failure, births)
-    changes = [] if failure.phase is None else _cheapest(case, own, failure.figures.allocated or live)
+    changes = [] if failure.phase is None else _cheapest(case, own, _room(failure, live))
     return Diagnosis(
         own.share.footprint.peak_bytes,
         words.where(own.share.footprint.peak),
@@ -222,8 +225,7 @@ def _alike(size: int, failure: Failure) -> bool:
 
 def segment(size: int) -> int:
     """What CUDA's allocator asks the device for, for a tensor of that size."""
-    mib = 2**20
-    return 2 * mib if size <= mib else 20 * mib if size < 10 * mib else -(-size // (2 * mib)) * 2 * mib
+    return 2 * MIB if size <= MIB else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
 
 
 def _live(own: _Weighed, failure: Failure, births: Sequence[Birth]) -> int | None:
@@ -232,6 +234,14 @@ def _live(own: _Weighed, failure: Failure, births: Sequence[Birth]) -> int | Non
         return min(birth.live for birth in births)
     first = next((m for m in own.prediction.footprint.moments if m.phase == failure.phase), None)
     return None if first is None else sum(first.start.values()) + _divided(own, replace(failure, block=first.block))
+
+
+def _room(failure: Failure, live: int | None) -> int | None:
+    """Bytes that a change may need at its peak: what was live, and failed with more, less some slack."""
+    there = failure.figures.allocated or live
+    if there is None:
+        return None
+    return round(MARGIN * there) - (SLACK if failure.device_type == "cpu" else 0)
 
 
 def _divided(own: _Weighed, failure: Failure) -> int:
@@ -271,7 +281,7 @@ def _weighed(case: _Case, own: _Weighed, candidate: _Candidate, room: int | None
         def peak(n: int) -> int:
             return case.share(config, predictor, line.at(n), images // n).footprint.peak_bytes
 
-        size = next((n for n in smaller if room is not None and peak(n) <= MARGIN * room), smaller[-1])
+        size = next((n for n in smaller if room is not None and peak(n) <= room), smaller[-1])
         overrides = (*overrides, f"data.micro_batch_size={size}")
     weighed = case.weigh(overrides, size)
     more = weighed.flops_per_image / own.flops_per_image - 1
@@ -280,7 +290,7 @@ def _weighed(case: _Case, own: _Weighed, candidate: _Candidate, room: int | None
         costs.append(f"{images // size} x {size} images a step")
     if more > LEAST:
         costs.append(f"a step computes {more:.0%} more")
-    fits = room is not None and weighed.peak_bytes <= MARGIN * room
+    fits = room is not None and weighed.peak_bytes <= room
     saves = own.peak_bytes - weighed.peak_bytes
     return Change(list(overrides), weighed.peak_bytes, saves, fits, ", ".join(costs), candidate.resumes)
 
