@@ -78,7 +78,8 @@ def _run(
     except Interrupted:
         return Outcome(None, interrupted=True, summary={})
     try:
-        built = build(config, weights, device)
+        with oom.named(loaded.name):
+            built = build(config, weights, device)
     except ConfigError as error:
         raise loaded.locate(error) from None
     place = dist.first_does(lambda: place or run_folder.create(out, loaded.name, config, folder))

@@ -25,7 +25,7 @@ from torch import nn
 
 from snell_dist import dist, heartbeat, limits, log
 from snell_dist.build import Built
-from snell_dist.config import UserError
+from snell_dist.config import UserError, first_line
 from snell_dist.exits import Exit
 from snell_dist.files import write_atomic
 from snell_dist.footprint import OUTSIDE, Phase
@@ -70,6 +70,22 @@ def explained(config: Run, folder: Path, built: Built) -> Iterator[None]:
         raise OutOfMemory(f"out of memory in {_where(failure)}, see {file}{first}")
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Within, as a configuration is built, running out of memory is said in one line: OutOfMemory."""
+    failed = ""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = first_line(error)
+        traceback.clear_frames(error.__traceback__)
+    if failed:
+        plan = f"snell plan {name} --gpus N --gpu-memory SIZE"
+        raise OutOfMemory(f"{name}: out of memory before the first step ({failed}); {plan} says what fits")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """torch's on CUDA, torch's on the CPU, Python's and numpy's, and the system's own."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -89,8 +105,10 @@ def look(error: BaseException, config: Run, built: Built, folder: Path) -> Failu
     phase: Phase | None = None
     if in_backward is not None:
         phase = Phase.BACKWARD if module is None else Phase.RECOMPUTE
-    elif doing in ("forward", "backward"):
+    elif doing == "forward" or (doing == "backward" and module):
         phase = Phase.FORWARD
+    elif doing == "backward":
+        phase = Phase.BACKWARD
     elif doing == "update":
         phase = Phase.STEP
     name = _reached(model) if phase == Phase.BACKWARD else module
@@ -99,7 +117,7 @@ def look(error: BaseException, config: Run, built: Built, folder: Path) -> Failu
     images = config.data.batch_size // dist.world_size()
     cuda = engine.device.type == "cuda"
     return Failure(
-        message=next(iter(str(error).splitlines()), type(error).__name__),
+        message=first_line(error),
         rank=dist.rank(),
         ranks=dist.world_size(),
         ranks_per_node=dist.local_world_size(),
@@ -117,6 +135,7 @@ def look(error: BaseException, config: Run, built: Built, folder: Path) -> Failu
         rounding=rounding,
         images=images,
         micro_batch_size=images // config.data.accumulation(),
+        eval_batch_size=config.data.eval_size(),
         held=measure.held_bytes(engine),
         gradients=sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
         figures=device.figures(engine.device),
@@ -140,8 +159,7 @@ def text(failure: Failure, diagnosis: Diagnosis | None, why: str, folder: Path) 
     step = f", in step {failure.step}" if failure.step else ""
     rows = [("where", _where(failure) + ("" if failure.sure or not failure.module else _UNSURE))]
     asked = failure.message if failure.asked is None else in_words(failure.asked)
-    kinds = " or ".join(diagnosis.asked_for) if diagnosis else ""
-    rows.append(("asked for", f"{asked}{f' of {kinds}' if kinds else ''}"))
+    rows.append(("asked for", asked + _kinds(failure, diagnosis)))
     held = f"weights and optimizer state {in_words(failure.held)}, gradients {in_words(failure.gradients)}"
     live = f"; by the plan {in_words(diagnosis.live)} in all" if diagnosis and diagnosis.live is not None else ""
     rows.append(("live", held + live))
@@ -154,7 +172,7 @@ def text(failure: Failure, diagnosis: Diagnosis | None, why: str, folder: Path) 
     if failure.snapshot:
         rows.append(("snapshot", f"{failure.snapshot}, to be opened at https://pytorch.org/memory_viz"))
     head = f"Out of memory: rank {failure.rank} of {failure.ranks} on {failure.host}{step}"
-    return "\n".join([head, "", *log.columns(rows), *_help(diagnosis, folder), *_fragments(failure)])
+    return "\n".join([head, "", *log.columns(rows), *_help(diagnosis, folder), *_hints(failure)])
 
 
 _UNSURE = ", or a module before it: gradients have come so far"
@@ -165,6 +183,13 @@ def _where(failure: Failure) -> str:
         return failure.place
     module = f", {failure.module} ({failure.kind})" if failure.module else ""
     return f"{failure.phase.value}{module}"
+
+
+def _kinds(failure: Failure, diagnosis: Diagnosis | None) -> str:
+    if diagnosis is None or failure.asked is None or failure.phase is None:
+        return ""
+    kinds = " or ".join(diagnosis.asked_for)
+    return f" of {kinds}" if kinds else ", a size that the plan does not have there"
 
 
 def _room(failure: Failure) -> list[tuple[str, str]]:
@@ -204,12 +229,14 @@ def _row(number: int, change: Change) -> tuple[str, ...]:
     )
 
 
-def _fragments(failure: Failure) -> list[str]:
-    """A hint where enough is free, but in pieces."""
-    loose = failure.figures.fragmentation
-    if loose is None or failure.asked is None or loose < failure.asked:
-        return []
-    return [f"{in_words(loose)} are reserved and of no tensor: {EXPANDABLE} in the environment may be enough."]
+def _hints(failure: Failure) -> list[str]:
+    found, loose = [], failure.figures.fragmentation
+    if loose is not None and failure.asked is not None and loose >= failure.asked:
+        found.append(f"{in_words(loose)} are reserved and of no tensor: {EXPANDABLE} in the environment may be enough.")
+    if failure.place == heartbeat.PHASES["evaluate"] and failure.eval_batch_size > 1:
+        smaller = failure.eval_batch_size // 2
+        found.append(f"data.eval_batch_size={smaller} evaluates half as many images at a time, to the same result.")
+    return found
 
 
 def _at_work(frames: list[FrameType], model: nn.Module) -> str | None:

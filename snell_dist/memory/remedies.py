@@ -29,9 +29,9 @@ from snell_dist.run_config import Run
 
 CONFIG, FAILURE, DIAGNOSIS = "config.yaml", "failure.json", "diagnosis.json"
 SHOWN = 3  # changes
-MARGIN = 0.95  # of the room, which a change may fill
-# of the CPU's: what the peak's own recording in the third step takes (`measure`), and the heap's loose pieces
-SLACK = 160 * MIB
+# Of the room, a change may fill so much. The C library's heap breaks into more pieces than CUDA's allocator, and on the
+# CPU the peak is recorded in the third step (`measure`), which takes so much.
+MARGIN, MARGIN_CPU, RECORDING = 0.95, 0.8, 160 * MIB
 LEAST = 0.01  # of the peak, for a saving that is worth a word
 
 
@@ -62,6 +62,7 @@ class Failure:
     rounding: int
     images: int  # of a step, on this rank
     micro_batch_size: int
+    eval_batch_size: int
     held: int
     gradients: int
     figures: Figures
@@ -103,7 +104,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Of the plan. asked_for: what its requests there are for, categories. live: bytes before the request, at least."""
+    """Of the plan. asked_for: categories of its requests of that size there. live: bytes before the request, at least."""
 
     peak_bytes: int
     peak: str
@@ -133,13 +134,14 @@ def diagnose(file: Path, failure: Failure) -> Diagnosis:
     case = _Case(file, failure)
     own = case.weigh((), failure.micro_batch_size)
     births = case.requests(own)
-    live = _live(own, failure, births)
+    alike = [birth for birth in births if _alike(birth.size, failure)]
+    live = _live(own, failure, alike or births)
     changes = [] if failure.phase is None else _cheapest(case, own, _room(failure, live))
     return Diagnosis(
         own.share.footprint.peak_bytes,
         words.where(own.share.footprint.peak),
         words.categories(own.share.footprint.peak.bytes),
-        list(dict.fromkeys(birth.category.value for birth in births)),
+        list(dict.fromkeys(birth.category.value for birth in alike)),
         live,
         changes,
     )
@@ -200,26 +202,22 @@ class _Case:
         return config.engine.share(footprint, job)
 
     def requests(self, own: _Weighed) -> list[Birth]:
-        """What the module asks for in the plan: requests of that size, or where there are none all of them.
-
-        `live` is this rank's.
-        """
+        """What the module asks for in the plan; `live` is this rank's."""
         failure = self.failure
         if failure.phase is None or not (failure.module or failure.phase == Phase.STEP):
             return []
         passes = own.prediction.micro_batches
         births = own.predictor.births(failure.phase, failure.module, failure.micro_batch_size, passes)
-        if failure.asked is not None:
-            alike = [b for b in births if _alike(b.size, failure)]
-            births = alike or births
         divided = _divided(own, failure)
         return [Birth(b.category, b.size, b.live + divided) for b in births]
 
 
 def _alike(size: int, failure: Failure) -> bool:
+    """Whether a request of that size is the one that failed."""
+    if failure.asked is None:
+        return False
     if failure.device_type == "cuda":
         size = segment(size)
-    assert failure.asked is not None
     return abs(size - failure.asked) <= failure.rounding
 
 
@@ -241,7 +239,7 @@ def _room(failure: Failure, live: int | None) -> int | None:
     there = failure.figures.allocated or live
     if there is None:
         return None
-    return round(MARGIN * there) - (SLACK if failure.device_type == "cpu" else 0)
+    return round(MARGIN_CPU * there) - RECORDING if failure.device_type == "cpu" else round(MARGIN * there)
 
 
 def _divided(own: _Weighed, failure: Failure) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import true_step
-from conftest import command, snell, train
+from conftest import ENVIRONMENT, command, snell, train
 from disturbed import AROUND, keeps, started, torchrun
 
 from snell_dist import exits, job, run_folder
@@ -35,10 +35,12 @@ from snell_dist.run_config import Run
 # 1118 MiB at the peak of a step of all 256 images
 LARGE = [
     "demo", "backbone.weights=null", "backbone.width=64", "backbone.depth=4", "backbone.heads=2",
-    "backbone.image_size=32", "data.image_size=32", "data.batch_size=256", "data.eval_batch_size=16", "train.steps=6",
+    "backbone.image_size=32", "data.image_size=32", "data.batch_size=256", "data.eval_batch_size=16", "train.steps=4",
     "train.log_every=1", "train.eval_every=null", "train.save_every=2", "train.device=cpu",
 ]  # fmt: skip
 ROOM = 200 * MIB  # beyond what a run of a few images at a time takes
+# Each tensor a mapping of its own: a limit on the address space counts those that live, and no loose pieces of a heap.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TENSORS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.77 GiB of which 7.38 MiB"
 
 
@@ -47,7 +49,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A run of 16 images at a time as it was when it had saved, and the address space that it took to its end."""
     folder, copy, peak = tmp_path_factory.mktemp("begun") / "run", tmp_path_factory.mktemp("copy") / "run", 0
     words = command("train", *LARGE, "data.micro_batch_size=16", "--folder", folder)
-    with started(folder.with_suffix(".log"), words) as process:
+    with started(folder.with_suffix(".log"), words, **MAPPED) as process:
         while process.poll() is None:
             found = re.search(r"VmPeak:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
             peak = int(found[1]) * 1024 if found else peak
@@ -70,7 +72,7 @@ def test_a_step_that_does_not_fit_is_explained_and_the_first_advice_fits(
     folder, limit = tmp_path / "run", begun[1] + ROOM
     shutil.copytree(begun[0], folder)
     again = ["train", *LARGE, "--resume", "--folder", folder]
-    done = snell(*again, "data.micro_batch_size=256", preexec_fn=within(limit))
+    done = snell(*again, "data.micro_batch_size=256", preexec_fn=within(limit), env=ENVIRONMENT | MAPPED)
     assert done.returncode == exits.Exit.OUT_OF_MEMORY, done.stderr
     assert "Traceback" not in done.stderr + (folder / "train.log").read_text()
     page = (folder / "oom_rank0.txt").read_text()
@@ -96,7 +98,7 @@ def test_a_step_that_does_not_fit_is_explained_and_the_first_advice_fits(
     for overrides in advice:
         assert snell("config", "show", *LARGE, *overrides.split()).returncode == 0
     assert snell("checkpoint", "verify", folder).returncode == 0
-    done = snell(*again, *advice[0].split(), preexec_fn=within(limit))
+    done = snell(*again, *advice[0].split(), preexec_fn=within(limit), env=ENVIRONMENT | MAPPED)
     assert done.returncode == 0, done.stderr
     assert run_folder.is_complete(folder)
 
@@ -106,14 +108,23 @@ def test_a_step_that_does_not_fit_is_explained_and_the_first_advice_fits(
 def test_of_two_ranks_one_runs_out_and_keep_ends_it(begun: tuple[Path, int], tmp_path: Path) -> None:
     run, log, limit = tmp_path / "run", tmp_path / "log", (begun[1] + ROOM) // 1024
     limited = f'if [ "$RANK" = 1 ]; then ulimit -v {limit}; fi; exec "$@"'
-    words = [*LARGE, "data.batch_size=512", "data.micro_batch_size=256", "--folder", str(run), "--resume-if-any"]
+    words = [*LARGE, "data.batch_size=384", "data.micro_batch_size=192", "--folder", str(run), "--resume-if-any"]
     launched = torchrun("--no-python", "sh", "-c", limited, "sh", *command("train", *words), restarts=3)
-    with started(log, keeps(run, launched)) as kept:
+    with started(log, keeps(run, launched), **MAPPED) as kept:
         assert kept.wait(timeout=300) == exits.Exit.OUT_OF_MEMORY, log.read_text()
     assert "Out of memory: rank 1 of 2 on " in (run / "oom_rank1.txt").read_text()
     assert not (run / "oom_rank0.txt").exists()
     assert [each.outcome for each in launches(run)] == ["out of memory"]
     assert len(run_folder.attempts(run)) == 1
+
+
+def test_a_model_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    """48 blocks of 0.8 GB each."""
+    words = ["train", *LARGE, "backbone.width=4096", "backbone.depth=48", "--folder", tmp_path / "run"]
+    done = snell(*words, preexec_fn=within(6 << 30))
+    assert done.returncode == exits.Exit.OUT_OF_MEMORY, done.stderr
+    assert re.fullmatch(r"snell: demo: out of memory before the first step \(.*\); snell plan demo .*\n", done.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def in_block(block: int) -> Callable[[Built], torch.nn.Module]:
@@ -191,7 +202,7 @@ def on_cuda(tmp_path: Path) -> Failure:
     return Failure(
         message=TENSORS, rank=3, ranks=8, ranks_per_node=4, host="node1", device_type="cuda", capability=(8, 0),
         place="the forward pass", step=1, phase=Phase.FORWARD, block="blocks.7", module="blocks.7.mlp.fc1",
-        kind="AdaptedLinear", sure=True, asked=148 * MIB, rounding=MIB // 100, images=64, micro_batch_size=64,
+        kind="AdaptedLinear", sure=True, asked=148 * MIB, rounding=MIB // 100, images=64, micro_batch_size=64, eval_batch_size=64,
         held=400 * MIB, gradients=0, figures=figures, snapshot="run/oom_rank3.pickle",
     )  # fmt: skip
 
@@ -239,6 +250,7 @@ def test_without_a_plan_the_page_says_why(on_cuda: Failure) -> None:
     )
     assert "where        evaluation" not in page  # columns are as wide as they need be
     assert re.search(r"^where +evaluation$", page, re.MULTILINE)
+    assert "data.eval_batch_size=32" in page
     assert re.search(r"^the plan +could not be made: why$", page, re.MULTILINE)
 
 
