@@ -17,7 +17,7 @@ from snell_dist.engines.ddp import Ddp
 from snell_dist.footprint import Footprint, Moment, Owner, Phase, Weight
 from snell_dist.memory import depth, rehearsal
 from snell_dist.memory.standin import AMPERE, as_on, standing_for
-from snell_dist.memory.timeline import Reading
+from snell_dist.memory.timeline import Birth, Reading
 from snell_dist.remat import Remat
 from snell_dist.run_config import Run
 
@@ -76,21 +76,31 @@ class Predictor:
 
     def predict(self, micro_batch_size: int, micro_batches: int = 1, policy: Remat | None = None) -> Prediction:
         """One step. policy: in place of the configuration's."""
-        backbone = self._made.backbone
-        for block in backbone.block_modules:
-            vars(block).pop("forward", None)  # what the last call put there
-        remat.apply(policy or self._remat, backbone.block_modules)
-        rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
-        batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
-        with self._standing(), dist.alone():
-            made = replace(self._made, batches=batches)
-            reading = rehearsal.record(made, "meta", self._device_type, left_out, update=self._update is None)
+        reading, rows = self._read(micro_batch_size, micro_batches, policy or self._remat, self._update is None)
         flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
         if self._update is None:
             self._update = _update(reading)
         else:
             footprint = footprint.followed_by(*self._update)
         return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
+
+    def births(self, phase: Phase, module: str, micro_batch_size: int, micro_batches: int = 1) -> list[Birth]:
+        """What that step makes while this module is at work in this phase."""
+        return depth.births(*self._read(micro_batch_size, micro_batches, self._remat, True), phase, module)
+
+    def _read(
+        self, micro_batch_size: int, micro_batches: int, policy: Remat, update: bool
+    ) -> tuple[Reading, list[depth.Row]]:
+        """update: with the optimizer's part of the step."""
+        backbone = self._made.backbone
+        for block in backbone.block_modules:
+            vars(block).pop("forward", None)  # what the last call put there
+        remat.apply(policy, backbone.block_modules)
+        rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
+        batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
+        with self._standing(), dist.alone():
+            made = replace(self._made, batches=batches)
+            return rehearsal.record(made, "meta", self._device_type, left_out, update), rows
 
 
 def _update(reading: Reading) -> tuple[list[Moment], list[Owner]]:
