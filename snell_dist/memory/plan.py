@@ -112,6 +112,22 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     return Plan(name, config, machine, predictor.classes, ordered, choice, reason)
 
 
+def own(config: Run, machine: Machine, overhead: Overhead) -> Option:
+    """The configuration as it is, and nothing else: faster than a plan.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    passes = config.data.accumulation(machine.gpus)
+    size = config.data.batch_size // machine.gpus // passes
+    predictor = Predictor(config, capability=machine.gpu.capability)
+    predicted = predictor.predict(size, min(passes, 2))
+    job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
+    share = config.engine.share(predicted.footprint, job)
+    estimated = overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
+    seconds = _seconds(config, machine, predicted.flops / predicted.micro_batches * passes, share, passes)
+    return Option(config.engine, config.remat, size, passes, share, estimated, seconds, size)
+
+
 class Line:
     """Footprints by batch size: every moment's bytes grow in a straight line with the images, from two on."""
 

@@ -47,6 +47,8 @@ class Rehearsal:
         """One optimizer step, as train.loop makes it. `left_out`: parameters that backward does not reach."""
         engine: Any = self.engine if ledger is None else Told(self.engine, ledger)
         self.task.step(engine, iter(self.batches))
+        if ledger is not None:
+            ledger.enter(Phase.STEP)
         for parameter in left_out:
             parameter.grad = torch.empty_like(parameter)
         engine.step(LR)
