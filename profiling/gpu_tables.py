@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import paper_memory
 import yaml
 from bench_operator import KEPT
+from gpu_case import PEFT, configuration
 
 from snell_dist.footprint import Footprint
 from snell_dist.memory.gpus import MIB, in_words
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 MARK = "CPU rehearsal: no figure here is of a GPU"
 LARGE = 0.01  # of the peak: parts below that are named in the JSON only
-RIVAL = "PEFT LoRA-8"
+RIVAL = PEFT
 Report = dict[str, Any]
 
 
@@ -120,7 +121,7 @@ def page(report: Report, outcomes: Sequence[Outcome]) -> Page | None:
         rows=rows,
         series="method",
         over="batch",
-        config=yaml.safe_dump([dict(outcome.case.said["labels"]) for outcome in steps], sort_keys=False),
+        config=yaml.safe_dump(configuration(steps[0].case.said["labels"]).model_dump(), sort_keys=False),
         notes=list(_notes(report)),
     )
 
@@ -195,7 +196,7 @@ def _plain(entry: Mapping[str, Any]) -> bool:
 
 
 def _problems(report: Report) -> Iterator[str]:
-    rows = [[entry["name"], entry["problem"]] for entry in report["cases"] if entry["problem"]]
+    rows = [[entry["name"], entry["problem"].replace("|", "/")] for entry in report["cases"] if entry["problem"]]
     if rows:
         yield "## Cases without a figure"
         yield _table(["case", "why"], rows, right=2)
@@ -322,6 +323,7 @@ def _layers(report: Report) -> Iterator[str]:
 def _snapshots(report: Report) -> Iterator[str]:
     for entry in _measured(report, "snapshot"):
         if entry["file"] is None:
+            yield "No snapshot: only CUDA's allocator keeps a history."
             continue
         yield (
             f"The allocator's history of one step ({entry['name']}, {entry['events']:,} events): `{entry['file']}`;"
@@ -349,6 +351,8 @@ def _ran(report: Report) -> Iterator[tuple[str, str]]:
         "versions",
         ", ".join(f"{name} {v}" for name, v in {"Python": machine["python"], **machine["versions"]}.items()),
     )
+    if "float32_products" in machine:
+        yield "float32 products", machine["float32_products"]
     yield "command", machine["command"]
     yield "time", f"{report['seconds']:.0f} s, of {report['budget_s']:.0f} s at most"
 
