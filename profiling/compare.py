@@ -4,8 +4,7 @@
 
 Each method on ViT-B, L and H, on the image towers of CLIP L, H and bigG, and on a ViT like that of 22 billion
 parameters, by batch, precision and recomputation, on one GPU that holds all of the model. Nothing is launched: the step
-runs on the meta device, so that a laptop does. Beside Table A12 of the paper: the same settings with attention written
-out. Writes OUT.html, OUT.csv, OUT.png, OUT.md.
+runs on the meta device, so that a laptop does. Writes OUT.html, OUT.csv, OUT.png, OUT.md.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from demo import environment
 from rich.progress import track
 
 from snell_dist.config import check
-from snell_dist.memory.gpus import GIB, MIB, in_words
+from snell_dist.memory.gpus import GIB, in_words
 from snell_dist.memory.overhead import Overhead
 from snell_dist.memory.predict import Prediction, Predictor
+from snell_dist.remat import Remat
 from snell_dist.report.memory import Page, Row, write
 from snell_dist.run_config import Run
 
@@ -47,18 +48,15 @@ BACKBONES = {
     "CLIP bigG/14": {"name": "clip", "size": "ViT-bigG-14"},
     "ViT-22B": {"name": "vit", "size": "22b"},
 }
-PAPER_MIB = {  # Table A12: batch 8, float32
-    ("LoRA-8", "ViT-B/16"): 1546, ("LoRA-8", "ViT-L/16"): 4325, ("LoRA-8", "ViT-H/14"): 9325,
-    ("SNELL-8", "ViT-B/16"): 1673, ("SNELL-8", "ViT-L/16"): 4519, ("SNELL-8", "ViT-H/14"): 9692,
-}  # fmt: skip
-PAPER = list(dict.fromkeys(backbone for _, backbone in PAPER_MIB))
+EXPLICIT = ["ViT-B/16", "ViT-L/16", "ViT-H/14"]  # with attention written out, too
 SETTINGS = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "block")]  # precision, what is recomputed
+RIVALS = {"LoRA-8": "LoRA-8", "sparse": "full sparse tuning", "full": "full tuning"}
 BATCH = 8
 NOTES = (
     "sparse: full sparse tuning; 1% of the entries train, and their deltas, gradients and moments are stored densely.",
     "bfloat16: products by autocast and the frozen base stored so; what trains, its gradients and moments are float32.",
     f"An estimate of what only a GPU adds is no part of the bytes shown, but of “fits on”: {Overhead()}.",
-    "Table A12: the paper's code forms the kernel and sorts it, a whole matrix and more at a time; ours goes by tiles.",
+    "Beside the paper's own tables of memory: profiling/paper_memory.py.",
 )
 
 
@@ -117,16 +115,25 @@ def ran() -> dict[str, str]:
 
 
 def predicted(quick: bool) -> Iterator[tuple[tuple[str, Case, int], Prediction]]:
-    """Every model at batch 8; the first two by batch, and the paper's three with attention written out."""
-    backbones, settings = (PAPER[:1], SETTINGS[:1]) if quick else (list(BACKBONES), SETTINGS)
+    """Every model at batch 8; the first two by batch, and three with attention written out."""
+    backbones, settings = (list(BACKBONES)[:1], SETTINGS[:1]) if quick else (list(BACKBONES), SETTINGS)
     cases = [Case(backbone, *setting) for backbone, setting in itertools.product(backbones, settings)]
-    cases += [Case(backbone, attention="explicit") for backbone in backbones if backbone in PAPER]
+    cases += [Case(backbone, attention="explicit") for backbone in backbones if backbone in EXPLICIT]
     for case in cases:
         varied = case.backbone in backbones[:2] and case.attention == "fused" and not quick
         for method in METHODS:
-            predictor = Predictor(case.config(method, BATCH))
             for batch in (BATCH, 1, 32, 128) if varied else (BATCH,):
-                yield (method, case, batch), predictor.predict(batch)
+                policy = Remat(policy=case.remat)
+                yield (
+                    (method, case, batch),
+                    predictor(method, replace(case, remat="none")).predict(batch, policy=policy),
+                )
+
+
+@lru_cache(len(METHODS))
+def predictor(method: str, case: Case) -> Predictor:
+    """For every recomputation, of cases that follow each other."""
+    return Predictor(case.config(method, BATCH))
 
 
 def row(method: str, case: Case, batch: int, prediction: Prediction) -> Row:
@@ -143,20 +150,19 @@ def row(method: str, case: Case, batch: int, prediction: Prediction) -> Row:
 
 
 def sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """The findings: SNELL-8 against its rivals, what fits on which card, and the paper's own figures."""
-    found = {tuple(row.labels.values()): row for row in rows}
+    """The findings: SNELL-8 against its rivals, and what fits on which card."""
+    by_labels = {tuple(row.labels.values()): row for row in rows}
     backbones = list(dict.fromkeys(str(row.labels["backbone"]) for row in rows))
 
-    def peak(method: str, backbone: str, attention: str = "fused") -> int:
-        return found[method, backbone, BATCH, "float32", "none", attention].peak_bytes
+    def peak(method: str, backbone: str) -> int:
+        return by_labels[method, backbone, BATCH, "float32", "none", "fused"].peak_bytes
 
-    for backbone in backbones:
-        own = peak("SNELL-8", backbone)
-        others = ", ".join(
-            f"{own / peak(rival, backbone):.2f} × {words} ({in_words(peak(rival, backbone))})"
-            for rival, words in {"LoRA-8": "LoRA-8", "sparse": "full sparse tuning", "full": "full tuning"}.items()
-        )
-        yield f"{backbone}, batch {BATCH}, float32: a step of SNELL-8 peaks at {in_words(own)}, {others}."
+    ratios = {m: sorted(peak("SNELL-8", b) / peak(m, b) for b in backbones) for m in RIVALS}
+    spread = ", ".join(f"{found[0]:.2f} to {found[-1]:.2f} × {RIVALS[m]}'s" for m, found in ratios.items())
+    yield f"At batch {BATCH} in float32 a step of SNELL-8 peaks, over {len(backbones)} models, at {spread}."
+    for backbone in dict.fromkeys((backbones[0], backbones[-1])):
+        rivals = ", ".join(f"{words} {in_words(peak(m, backbone))}" for m, words in RIVALS.items())
+        yield f"{backbone}: SNELL-8 {in_words(peak('SNELL-8', backbone))}, {rivals}."
     recomputed = [row for row in rows if row.labels["remat"] == "block" and row.labels["batch"] == BATCH]
     for card in (24, 80) if recomputed else ():
         largest = {
@@ -165,14 +171,6 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
         }
         words = ", ".join(f"{m} {row.labels['backbone'] if row else 'none of them'}" for m, row in largest.items())
         yield f"The largest model that trains on {card} GiB at batch {BATCH}, in bfloat16 and recomputed: {words}."
-    for method in ("LoRA-8", "SNELL-8"):
-        beside = ", ".join(
-            f"{name} {peak(method, name, 'explicit') / MIB:,.0f} against {PAPER_MIB[method, name]:,} MiB"
-            f" ({peak(method, name, 'explicit') / MIB / PAPER_MIB[method, name] - 1:+.1%})"
-            for name in backbones
-            if name in PAPER
-        )
-        yield f"Under the settings of the paper's Table A12, {method}: {beside}."
 
 
 def fits(row: Row, method: str, card_gib: int) -> bool:

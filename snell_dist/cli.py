@@ -391,7 +391,7 @@ def _plan(args: argparse.Namespace) -> int:
     from snell_dist.memory import gpus
     from snell_dist.run_config import Run
 
-    loaded = load(args.config, args.overrides, Run)
+    loaded = load(args.config, args.overrides, Run, sweeping=True)
     if args.gpus < 1 or args.nodes < 1 or args.gpus % args.nodes:
         share = f"--gpus {args.gpus} --nodes {args.nodes}"
         raise UserError(

@@ -126,17 +126,31 @@ class Loaded(Generic[Schema]):
         return _located(error.problems, self.origins)
 
 
-def load(source: str, overrides: Sequence[str], schema: type[Schema]) -> Loaded[Schema]:
+def load(source: str, overrides: Sequence[str], schema: type[Schema], sweeping: bool = False) -> Loaded[Schema]:
     """Reads a YAML file, or a shipped configuration by name, and applies `key=value` overrides.
 
+    sweeping: overrides that only another plug-in of the kind takes (`method.name=full method.rank=8`) are left out,
+    so that one command line serves for all.
     Raises ConfigError with all problems found, UserError where a file cannot be read.
     """
     path = locate(source)
     tree, origins = _read(path, ())
+    if sweeping:
+        overrides = [override for override in overrides if not _others(override, overrides, schema)]
     # A section's name comes first: naming another plug-in starts the section afresh.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".name")):
         _apply(override, tree, origins)
     return Loaded(config_name(path), check(tree, schema, origins), origins)
+
+
+def _others(override: str, overrides: Sequence[str], schema: type[Section]) -> bool:
+    """Whether an override is a setting of another plug-in than the one that the overrides name."""
+    section, _, key = override.partition("=")[0].partition(".")
+    plugin = dict(_plugins(schema)).get(section)
+    named = [o.partition("=")[2] for o in overrides if o.startswith(f"{section}.name=")]
+    if plugin is None or not named or named[-1] not in plugin.names() or key in plugin.find(named[-1]).model_fields:
+        return False
+    return any(key in plugin.find(name).model_fields for name in plugin.names())
 
 
 def shipped() -> list[str]:

@@ -29,10 +29,11 @@ def test_methods_are_compared(tmp_path: Path) -> None:
     assert peaks["linear"] < peaks["SNELL-8"] < peaks["SNELL-16"] < peaks["SNELL-32"] < peaks["full"] < peaks["sparse"]
     text = (tmp_path / "memory.md").read_text()
     ratios = [f"{peaks['SNELL-8'] / peaks[m]:.2f} × " for m in ("LoRA-8", "sparse", "full")]
-    assert f"a step of SNELL-8 peaks at {in_words(peaks['SNELL-8'])}, {ratios[0]}LoRA-8" in text
     assert all(ratio in text for ratio in ratios)
-    explicit = {line["method"]: int(line["peak_bytes"]) for line in lines if line["attention"] == "explicit"}
-    assert f"{explicit['LoRA-8'] / 2**20:,.0f} against 1,546 MiB ({explicit['LoRA-8'] / 2**20 / 1546 - 1:+.1%})" in text
+    assert f"ViT-B/16: SNELL-8 {in_words(peaks['SNELL-8'])}, LoRA-8 {in_words(peaks['LoRA-8'])}, " in text
+    written_out = {line["method"]: int(line["peak_bytes"]) for line in lines if line["attention"] == "explicit"}
+    matrices = 12 * 8 * 12 * 197 * 197 * 4  # softmax's output in every block is kept for backward
+    assert written_out["LoRA-8"] - peaks["LoRA-8"] == pytest.approx(matrices, rel=0.15)
 
 
 def test_engines_are_compared(tmp_path: Path) -> None:

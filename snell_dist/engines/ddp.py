@@ -65,7 +65,7 @@ class Ddp(EngineSection):
         wire, buckets = Wire(job), _buckets([w.bytes for w in reversed(job.weights) if w.trains])
         for size in buckets:
             wire.all_reduce(size, job.ranks)
-        return wire.share(along(whole, job, change, {}))
+        return wire.share(along(whole, job, change, {Category.GRADIENTS: trains}))
 
 
 def bucket_mib(trains: int) -> float:

@@ -10,7 +10,7 @@ are gathered as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,7 +74,7 @@ class Fsdp(EngineSection):
         def shard(module: nn.Module, own: Iterable[nn.Module]) -> None:
             own = list(own)
             work.fill(own, place)
-            whole = {p for m in own for p in m.parameters(recurse=False) if not self._divides(p)}
+            whole = {p for m in own for p in m.parameters(recurse=False) if not self._divides(p.shape, p.requires_grad)}
             for tensor in (*whole, *(b for m in own for b in m.buffers(recurse=False))):
                 tensor.data = tensor.data.to(work.device)
             fully_shard(module, ignored_params=whole, **options)
@@ -85,15 +85,19 @@ class Fsdp(EngineSection):
         groups = {name: list(block.parameters()) for name, block in work.blocks.items()}
         inside = {id(p) for parameters in groups.values() for p in parameters}
         groups["the rest"] = [p for p in model.parameters() if id(p) not in inside]
-        loose = [p for p in model.parameters() if p.requires_grad and not self._divides(p)]
+        loose = [p for p in model.parameters() if p.requires_grad and not self._divides(p.shape, p.requires_grad)]
         assert isinstance(model, torch.distributed.fsdp.FSDPModule)
         engine = TorchEngine(work, model, model.set_requires_gradient_sync, loose, groups)
         if loose:  # torch's multi-tensor loops take no mixture
             engine.one_by_one()
         return engine
 
-    def _divides(self, parameter: nn.Parameter) -> bool:
-        return parameter.ndim > 0 and (parameter.requires_grad or self.frozen != "replicate")
+    def _divides(self, shape: Sequence[int], trains: bool) -> bool:
+        """Whether a parameter is sharded. A frozen one of a single row (timm's position embeddings) is not.
+
+        It has nothing to divide: torch would give it to one rank, and gather as many such rows as there are ranks.
+        """
+        return len(shape) > 0 and (trains or (self.frozen != "replicate" and shape[0] > 1))
 
     def _check(self, work: Work) -> None:
         world = dist.world_size()
@@ -121,12 +125,15 @@ class Fsdp(EngineSection):
         they are copied into the input of a reduce-scatter, which stays until the next block's.
         """
         ranks = job.ranks // self.replicas
-        parts = {name: _Unit.of([w for w in own if self._shards(w)], ranks) for name, own in units(job).items()}
+        parts = {
+            name: _Unit.of([w for w in own if self._divides(w.shape, w.trains)], ranks)
+            for name, own in units(job).items()
+        }
         local = sum(unit.local for unit in parts.values())
-        sharded = [w for w in job.weights if self._shards(w)]
+        sharded = [w for w in job.weights if self._divides(w.shape, w.trains)]
         trained = [w for group in by_group(w for w in job.weights if w.trains) for w in group]
-        loose = [w for w in trained if not self._shards(w)]
-        steps = [_padded(w, ranks) // ranks if self._shards(w) else w.bytes for w in trained]
+        loose = [w for w in trained if not self._divides(w.shape, w.trains)]
+        steps = [_padded(w, ranks) // ranks if self._divides(w.shape, w.trains) else w.bytes for w in trained]
         away = self.frozen == "offload" and job.device_type != "cpu"  # else the device is the host
         held = {
             Category.FROZEN: self._left(whole, Category.FROZEN, [w for w in sharded if not w.trains], ranks, away),
@@ -157,9 +164,6 @@ class Fsdp(EngineSection):
 
         host = local + stepped + sum(unit.gradients for unit in parts.values()) if away else 0
         return self._wire(whole, job, parts, loose).share(along(whole, job, change, held), host)
-
-    def _shards(self, weight: Weight) -> bool:
-        return len(weight.shape) > 0 and (weight.trains or self.frozen != "replicate")
 
     def _left(self, whole: Footprint, category: Category, divided: list[Weight], ranks: int, away: bool) -> int:
         """What a rank holds of a category of parameters."""

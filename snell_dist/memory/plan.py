@@ -112,13 +112,30 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     return Plan(name, config, machine, predictor.classes, ordered, choice, reason)
 
 
+def own(config: Run, machine: Machine, overhead: Overhead) -> Option:
+    """The configuration as it is, and nothing else: faster than a plan.
+
+    Raises ConfigError where the batch does not divide.
+    """
+    passes = config.data.accumulation(machine.gpus)
+    size = config.data.batch_size // machine.gpus // passes
+    predictor = Predictor(config, capability=machine.gpu.capability)
+    predicted = predictor.predict(size, min(passes, 2))
+    job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
+    share = config.engine.share(predicted.footprint, job)
+    estimated = overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
+    seconds = _seconds(config, machine, predicted.flops / predicted.micro_batches * passes, share, passes)
+    return Option(config.engine, config.remat, size, passes, share, estimated, seconds, size)
+
+
 class Line:
     """Footprints by batch size: every moment's bytes grow in a straight line with the images, from two on."""
 
     def __init__(self, predictor: Predictor, size: int, micro_batches: int, remat: Remat) -> None:
         self._predictor, self._micro_batches, self._remat = predictor, micro_batches, remat
-        self._exact = {n: self._predict(n) for n in {size, max(size // 2, 2), 4 if size <= 2 else size}}
-        self._ends = [self._exact[n] for n in sorted(self._exact) if n > 1]
+        low = max(size // 2, 2)
+        self._ends = [self._predict(n) for n in (low, max(size, 2 * low))]
+        self._known = {end.micro_batch_size: end.footprint for end in self._ends}
 
     @property
     def flops_per_image(self) -> float:
@@ -126,16 +143,19 @@ class Line:
         return largest.flops / largest.micro_batch_size / largest.micro_batches
 
     def at(self, size: int) -> Footprint:
-        low, high = self._ends[0], self._ends[-1]
-        one, two = low.footprint.moments, high.footprint.moments
-        if size == 1 or len(one) != len(two):
-            self._exact[size] = self._exact.get(size) or self._predict(size)
-        if size in self._exact:
-            return self._exact[size].footprint
+        if size not in self._known:
+            self._known[size] = self._between(size)
+        return self._known[size]
+
+    def _between(self, size: int) -> Footprint:
+        low, high = self._ends
+        pairs = low.footprint.moments, high.footprint.moments
+        if size == 1 or len(pairs[0]) != len(pairs[1]):
+            return self._predict(size).footprint
         slope = (size - low.micro_batch_size) / (high.micro_batch_size - low.micro_batch_size)
         moments = [
-            replace(n, bytes=_between(m.bytes, n.bytes, slope), start=_between(m.start, n.start, slope))
-            for m, n in zip(one, two, strict=True)
+            replace(two, bytes=_along(one.bytes, two.bytes, slope), start=_along(one.start, two.start, slope))
+            for one, two in zip(*pairs, strict=True)
         ]
         return replace(high.footprint, moments=moments)
 
@@ -178,7 +198,9 @@ def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
 
     What is needed is the highest of many straight lines, so a chord never lies above it further on.
     """
-    known = {n: needed(n) for n in {1, max(size, 2)}}
+    known = {n: needed(n) for n in {2, max(size, 3)}}
+    if known[2] > room:
+        return int(needed(1) <= room)
     while True:
         fitting = max((n for n in known if known[n] <= room), default=0)
         beyond = min((n for n in known if n > fitting), default=None)
@@ -325,7 +347,7 @@ def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
     }
 
 
-def _between(one: Bytes, two: Bytes, slope: float) -> dict[Category, int]:
+def _along(one: Bytes, two: Bytes, slope: float) -> dict[Category, int]:
     found: Counter[Category] = Counter()
     for category in {*one, *two}:
         first = one.get(category, 0)

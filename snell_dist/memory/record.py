@@ -230,7 +230,8 @@ class Ledger(TorchDispatchMode):
     def _recomputing(self) -> None:
         """Within backward, only a recomputed forward has gradients switched on."""
         if self._phase in (Phase.BACKWARD, Phase.RECOMPUTE):
-            phase = Phase.RECOMPUTE if torch.is_grad_enabled() else Phase.BACKWARD
+            inside = torch._C._current_graph_task_id() != -1  # the loss's own last operations are not
+            phase = Phase.RECOMPUTE if inside and torch.is_grad_enabled() else Phase.BACKWARD
             if phase != self._phase:
                 if phase == Phase.BACKWARD:
                     self._stack.clear()  # a recomputation may stop early

@@ -94,11 +94,14 @@ function drawStack() {
   }, true);
 }
 
+const recomputes = (entry, i) => entry.phases[i] === "recompute" && entry.blocks[entry.visits[i]] !== "";
+
 // Forward, then backward with what it recomputes, then the optimizer: from where to where, and their words.
-function spans(phases) {
+function spans(entry) {
+  const phases = entry.phases, again = phases.some((_, i) => recomputes(entry, i));
   const first = phases.findIndex(phase => phase !== "forward"), step = phases.indexOf("step");
   const back = first < 0 ? phases.length : first, end = step < 0 ? phases.length : step;
-  return [[0, back, "forward"], [back, end, phases.includes("recompute") ? "backward, recomputing" : "backward"], [end, phases.length, "step"]].filter(([a, b]) => b > a);
+  return [[0, back, "forward"], [back, end, again ? "backward, recomputing" : "backward"], [end, phases.length, "step"]].filter(([a, b]) => b > a);
 }
 
 function drawLine(side, entry, top) {
@@ -114,14 +117,14 @@ function drawLine(side, entry, top) {
     customdata: step(entry.phases.map((phase, i) => [phase, entry.blocks[entry.visits[i]]].filter(Boolean).join(", "))) });
   const at = entry.at.moment + 0.5, height = 1.25 * top / MIB / unit[0], held = entry.held / MIB / unit[0];
   const strip = (a, b, y0, y1, fillcolor, opacity) => ({ type: "rect", xref: "x", yref: "paper", x0: a, x1: b, y0, y1, fillcolor, opacity, line: { width: 0 }, layer: "below" });
-  const bands = spans(entry.phases);
+  const bands = spans(entry);
   draw(document.querySelector(`[data-line="${side}"]`), traces, {
     height: 330, hovermode: "x", margin: { l: 8, r: 8, t: 30, b: 30 },
     xaxis: { range: [0, visits], showticklabels: false, showgrid: false, title: { text: "time: blocks visited, in order" } },
     yaxis: { range: [0, height], ticksuffix: ` ${unit[1]}` },
     shapes: [
       ...bands.map(([a, b], i) => strip(a, b, 0, 1, ink(i % 2 ? "line" : "wash"), 0.7)),
-      ...entry.phases.flatMap((phase, i) => phase === "recompute" ? [strip(i, i + 1, 0.97, 1, ink("soft"), 0.9)] : []),
+      ...entry.phases.flatMap((_, i) => recomputes(entry, i) ? [strip(i, i + 1, 0.97, 1, ink("soft"), 0.9)] : []),
       { type: "line", x0: 0, x1: visits, y0: held, y1: held, line: { dash: "dash", width: 1, color: ink("ink") } },
       { type: "line", x0: at, x1: at, y0: 0, y1: peak(entry) / MIB / unit[0], line: { dash: "dot", width: 1.5, color: ink("ink") } },
     ],

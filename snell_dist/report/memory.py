@@ -209,7 +209,8 @@ def _bold(sentence: str) -> Markup:
     """With its figures emphasised."""
     from markupsafe import Markup, escape
 
-    figure = r"\d(?:[\d,.]*\d)?(?:\s?(?:GiB|MiB|%|×))"
+    number = r"\d(?:[\d,.]*\d)?"
+    figure = rf"(?:{number} to )?{number}\s?(?:GiB|MiB|%|×)"
     bold = re.sub(figure, lambda found: f"<b>{found.group().replace(' ', chr(160))}</b>", str(escape(sentence)))
     return Markup(bold)
 

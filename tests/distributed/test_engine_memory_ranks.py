@@ -57,6 +57,8 @@ MANY = 8, 64, 1024
 NEAR = 0.01
 # The highest moment of one process is where a block's gradients are there; here they are not, and another is higher.
 ELSEWHERE = {"ddp-full-four": 0.03}
+# DeepSpeed keeps a part of what a recomputation gathered for the backward after it; here all is gathered again.
+MORE_SENT = {"zero3-lora-wide-remat": 0.13}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def cases() -> dict[str, Case]:
             add(engine, ENGINES[engine], method, "-wide", *WIDE, ranks=2, images=2)
     for engine in ("ddp", "fsdp"):
         add(engine, ENGINES[engine], "lora", "-remat", *SMALL, REMAT, ranks=2)
+    add("zero3", ENGINES["zero3"], "lora", "-wide-remat", *WIDE, REMAT, ranks=2, images=2)
     for engine, said in HYBRID.items():
         for method in METHODS:
             add(engine, said, method, "-four", *SMALL, ranks=4, images=2)
@@ -194,6 +197,6 @@ def test_bytes_on_the_wire(case: str, found: Path) -> None:
     """Sums of a few numbers (the norm, whether all is finite) are sent besides."""
     wire, share = read(found, case)[0]["wire"], predicted(found, case)
     theirs = sum((2 if name == "allreduce" else 1) * size * (ranks - 1) // ranks for name, size, ranks in wire)
-    assert share.wire_bytes == pytest.approx(theirs, rel=NEAR)
+    assert share.wire_bytes == pytest.approx(theirs, rel=MORE_SENT.get(case, NEAR))
     if not case.startswith("zero"):
         assert share.messages == len(wire)
