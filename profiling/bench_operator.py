@@ -63,15 +63,20 @@ VARIED = [
 ]
 Step = Callable[[], None]
 KEPT = "ours, threshold kept"
+CPU = torch.device("cpu")
 
 
-def contenders(case: Case) -> dict[str, Step]:
-    """A forward and backward of each, on the same input, weight and upstream gradient."""
+def contenders(case: Case, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
+    """A forward and backward of each, on the same input, weight and upstream gradient.
+
+    dtype bfloat16: of these three, and of products by autocast; what trains is float32.
+    """
     torch.manual_seed(0)
-    weight = torch.randn(case.out_features, case.in_features).mul_(case.in_features**-0.5)
-    x = torch.randn(8, case.tokens // 8 or 1, case.in_features)[:, : case.tokens // 8].requires_grad_()
-    upstream = torch.randn(*x.shape[:-1], case.out_features)
-    a, b = (nn.Parameter(t) for t in ops.init_factors(case.in_features, case.out_features, case.rank))
+    with device:
+        weight = torch.randn(case.out_features, case.in_features).mul_(case.in_features**-0.5).to(dtype)
+        x = torch.randn(8, case.tokens // 8 or 1, case.in_features)[:, : case.tokens // 8].to(dtype).requires_grad_()
+        upstream = torch.randn(*x.shape[:-1], case.out_features).to(dtype)
+        a, b = (nn.Parameter(t) for t in ops.init_factors(case.in_features, case.out_features, case.rank))
     peft_layer = peft_lora(case, weight)
 
     def ours(memory: ops.ThresholdState) -> Tensor:
@@ -95,7 +100,9 @@ def contenders(case: Case) -> dict[str, Step]:
         def step() -> None:
             for tensor in trained:
                 tensor.grad = None
-            forward().backward(upstream)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = forward()
+            y.backward(upstream)
 
         return step
 
@@ -122,21 +129,44 @@ def peft_lora(case: Case, weight: Tensor) -> nn.Module:
     return peft.get_peft_model(base, settings)
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step; the contenders take turns."""
-    for step in steps.values():
-        step()
+def interleaved(
+    steps: dict[str, Step], rounds: int, device: torch.device = CPU, warm_up: int = 1, calls: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step; the contenders take turns, each for so many calls."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for turn in range(-warm_up, rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - begin)
+            taken = seconds_of(step, device, calls)
+            if turn >= 0:
+                seconds[name].append(taken)
     return seconds
 
 
-def peak_mib(step: Step) -> float:
+def seconds_of(step: Step, device: torch.device, calls: int) -> float:
+    """Of one call; on a GPU by its own clock, from when it begins with the first to when it has done the last."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - began) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / calls
+
+
+def peak_mib(step: Step, device: torch.device = CPU) -> float:
+    """The most that a step has at once beside what is there before it."""
     step()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
     with memory_profiler() as profiler:
         step()
     return peak_of(profiler) / MIB

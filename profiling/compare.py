@@ -68,15 +68,21 @@ class Case:
     attention: str = "fused"
 
     def config(self, method: str, batch: int) -> Run:
-        tree = {
-            "backbone": {**BACKBONES[self.backbone], "attention": self.attention},
-            "method": METHODS[method],
-            "data": {"name": "image_folder", "root": "data/images", "batch_size": batch},
-            "precision": {"compute": self.precision, "frozen": self.precision},
-            "remat": {"policy": self.remat},
-            "train": {"epochs": 1},
-        }
-        return check(tree, Run)
+        backbone = {**BACKBONES[self.backbone], "attention": self.attention}
+        return config(backbone, METHODS[method], batch, self.precision, self.remat)
+
+
+def config(backbone: dict[str, Any], method: dict[str, Any], batch: int, precision: str, remat: str) -> Run:
+    """A run's configuration from two sections and what varies besides."""
+    tree = {
+        "backbone": backbone,
+        "method": method,
+        "data": {"name": "image_folder", "root": "data/images", "batch_size": batch},
+        "precision": {"compute": precision, "frozen": precision},
+        "remat": {"policy": remat},
+        "train": {"epochs": 1},
+    }
+    return check(tree, Run)
 
 
 def main() -> int:

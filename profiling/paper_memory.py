@@ -63,6 +63,11 @@ class PeftLora(BesidesMethod):
         return [name for name, _ in backbone.model.named_parameters() if "lora_" in name]
 
 
+def by_peft(config: Run) -> Run:
+    """With PEFT's LoRA-8 in place of the method."""
+    return config.model_copy(update={"method": PeftLora(name="peft")})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("profiling/results"))
@@ -81,7 +86,7 @@ def footprint(row: str, size: str) -> Footprint:
     overrides = [f"backbone.size={size}", f"method.name={method}", "method.rank=8"]
     config = load(CONFIG, overrides, Run, sweeping=True).config
     if row == "peft":
-        config = config.model_copy(update={"method": PeftLora(name="peft")})
+        config = by_peft(config)
     if row != "released":
         return predict(config).footprint
     with mock.patch.object(ops, "snell_linear", released):

@@ -7,11 +7,12 @@ step is real, its images are not (`rehearsal`).
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from snell_dist.config import UserError
 from snell_dist.engines import Job, Share
 from snell_dist.files import write_atomic
 from snell_dist.footprint import Category, Footprint
+from snell_dist.memory import device as device_memory
 from snell_dist.memory import rehearsal
+from snell_dist.memory.device import Figures
 from snell_dist.memory.measure import held_bytes, memory_profiler, peak_of
 from snell_dist.memory.predict import Predictor
 from snell_dist.memory.rehearsal import Rehearsal
+from snell_dist.memory.standin import AMPERE
 from snell_dist.run_config import Run
 
 ROUNDS = 3  # of timed steps
@@ -52,21 +56,30 @@ class Profiled:
 
 def profile(config: Run, device: torch.device) -> Profiled:
     """Of this rank, among the ranks there are. ConfigError where sections do not fit each other."""
-    passes = config.data.accumulation()
-    size = config.data.batch_size // dist.world_size() // passes
-    made = rehearsal.prepare(config, device, size, passes)
-    made.step()
-    step_s = _median_s(made.step, device)
-    allocated = _allocated(made, device)
-    begin = time.perf_counter()
-    measured = rehearsal.record(made, device.type).footprint()
-    recorded_s = (time.perf_counter() - begin) / 2
-    predictor = Predictor(config, device.type)
+    made = rehearsal.prepare(config, device, *_pieces(config))
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else AMPERE
+    return measured(made, predicted(config, device.type, capability), device)
+
+
+def predicted(config: Run, device_type: str, capability: tuple[int, int] = AMPERE) -> Share:
+    """Of one rank. capability: the GPU's."""
+    size, passes = _pieces(config)
+    predictor = Predictor(config, device_type, capability)
     whole = predictor.predict(size, passes).footprint
     ranks, per_node = dist.world_size(), dist.local_world_size()
-    job = Job(predictor.weights, predictor.blocks, ranks, per_node, passes, device.type)
-    predicted = config.engine.share(whole, job)
-    return Profiled(predicted, measured, allocated, {}, step_s, recorded_s, made.classes)
+    return config.engine.share(whole, Job(predictor.weights, predictor.blocks, ranks, per_node, passes, device_type))
+
+
+def measured(made: Rehearsal, said: Share, device: torch.device) -> Profiled:
+    """said: what was predicted."""
+    made.step()
+    step_s = _median_s(made.step, device)
+    allocated, figures = _allocated(made, device)
+    begin = time.perf_counter()
+    found = rehearsal.record(made, device.type).footprint()
+    recorded_s = (time.perf_counter() - begin) / 2
+    told = {name: size for name, size in asdict(figures).items() if size is not None}
+    return Profiled(said, found, allocated, told, step_s, recorded_s, made.classes)
 
 
 def remember(found: Profiled, name: str, config: Run, device: torch.device, file: Path) -> None:
@@ -133,6 +146,12 @@ def as_json(found: Profiled) -> dict[str, Any]:
     }
 
 
+def _pieces(config: Run) -> tuple[int, int]:
+    """Images of a micro-batch on one rank, and micro-batches of a step."""
+    passes = config.data.accumulation()
+    return config.data.batch_size // dist.world_size() // passes, passes
+
+
 def _median_s(step: Callable[[], Any], device: torch.device) -> float:
     seconds = []
     for _ in range(ROUNDS):
@@ -144,15 +163,18 @@ def _median_s(step: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(seconds)
 
 
-def _allocated(made: Rehearsal, device: torch.device) -> int | None:
+def _allocated(made: Rehearsal, device: torch.device) -> tuple[int | None, Figures]:
+    """The peak of one step by the allocator, and what the device says after it."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         made.step()
-        return torch.cuda.max_memory_allocated(device)
+        said = device_memory.figures(device)
+        return said.allocated_peak, said
     if device.type != "cpu" or dist.world_size() > 1:  # buckets are there before, and nobody counts them
-        return None
+        return None, Figures()
     batches = {t.data_ptr(): t.nbytes for batch in made.batches for t in (batch.images, batch.labels)}
     held = held_bytes(made.engine) + sum(batches.values())
     with memory_profiler() as profiler:
         made.step()
-    return held + peak_of(profiler)
+    return held + peak_of(profiler), Figures()
