@@ -77,7 +77,7 @@ def contenders(case: Case, device: torch.device = CPU, dtype: torch.dtype = torc
         x = torch.randn(8, case.tokens // 8 or 1, case.in_features)[:, : case.tokens // 8].to(dtype).requires_grad_()
         upstream = torch.randn(*x.shape[:-1], case.out_features).to(dtype)
         a, b = (nn.Parameter(t) for t in ops.init_factors(case.in_features, case.out_features, case.rank))
-    peft_layer = peft_lora(case, weight)
+        peft_layer = peft_lora(case, weight)
 
     def ours(memory: ops.ThresholdState) -> Tensor:
         settings = {"sparsity": case.sparsity, "dropout": case.dropout, "training": True, "state": memory}
