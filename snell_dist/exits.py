@@ -12,4 +12,5 @@ class Exit(IntEnum):
     INTERRUPTED = 75  # asked to stop, and saved
     GAVE_UP = 76  # attempt after attempt ended without a newer checkpoint
     HUNG = 77  # ended by the watchdog, which said who waits for whom
+    OUT_OF_MEMORY = 78  # said what asked for how much, and what would help; another attempt would end the same way
     STOPPED = 130  # Ctrl-C, at once

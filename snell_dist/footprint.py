@@ -101,6 +101,11 @@ class Footprint:
         """The highest moment of a phase, if it was there."""
         return max((m for m in self.moments if m.phase == phase), key=lambda moment: moment.total, default=None)
 
+    def followed_by(self, steps: list[Moment], owners: list[Owner]) -> Footprint:
+        """With these moments of an optimizer step, and who holds what at the highest of them."""
+        higher = max(moment.total for moment in steps) > self.peak_bytes
+        return Footprint([*self.moments, *steps], self.held, owners if higher else self.owners)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "peak_bytes": self.peak_bytes,

@@ -144,6 +144,10 @@ class Heart:
             self._step = step
         self._phase, self._since = phase, now
 
+    @property
+    def place(self) -> tuple[str, int]:
+        return self._phase, self._step
+
     def stop(self, ended: str) -> None:
         self._ended = ended
         self._stop.set()
@@ -197,6 +201,11 @@ def enter(phase: str, step: int | None = None) -> None:
     """This rank is in another phase now, of PHASES; `step`, from 1, where one begins. Nothing where no heart beats."""
     if _heart is not None:
         _heart.enter(phase, step)
+
+
+def place() -> tuple[str, int]:
+    """The phase that this rank is in, and its step, from 1; nowhere where no heart beats."""
+    return _heart.place if _heart is not None else ("", 0)
 
 
 @contextmanager

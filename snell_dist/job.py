@@ -11,6 +11,7 @@ from snell_dist import adapter, dist, hang, heartbeat, log, meeting, run_folder
 from snell_dist.audit import audit
 from snell_dist.build import build
 from snell_dist.config import ConfigError, Loaded, UserError, load
+from snell_dist.memory import oom
 from snell_dist.methods.full import Full
 from snell_dist.observers import trackers
 from snell_dist.preflight import Preflight
@@ -77,7 +78,8 @@ def _run(
     except Interrupted:
         return Outcome(None, interrupted=True, summary={})
     try:
-        built = build(config, weights, device)
+        with oom.named(loaded.name):
+            built = build(config, weights, device)
     except ConfigError as error:
         raise loaded.locate(error) from None
     place = dist.first_does(lambda: place or run_folder.create(out, loaded.name, config, folder))
@@ -88,7 +90,8 @@ def _run(
         said = {"seed": config.train.seed, "device": str(device), "hosts": hosts}
         said["micro_batch_size"] = config.data.batch_size // dist.world_size() // config.data.accumulation()
         attempt = dist.first_does(lambda: run_folder.record_attempt(place, config, said))
-        with heartbeat.beating(place, attempt, built.steps, config.train.hang_timeout_s, hang.end):
+        beating = heartbeat.beating(place, attempt, built.steps, config.train.hang_timeout_s, hang.end)
+        with beating, oom.explained(config, place, built):
             return train(config, place, built, device)
 
 

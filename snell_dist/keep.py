@@ -3,6 +3,7 @@
     outcome of the command                        what follows
     the run is complete                           done (0)
     bad input, said by a rank                     the end (2): another attempt would end the same way
+    out of memory, said by a rank                 the end (78), for the same reason
     a rank, a node, a disk or the network failed  again; in a Slurm job the second time from the queue, on other nodes
     all ranks are gone, and the command waits on  it is ended, and again; in a Slurm job from the queue
     K failures in a row without a new checkpoint  the end (76)
@@ -31,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from snell_dist import dist, heartbeat, run_folder
+from snell_dist import dist, heartbeat, limits, run_folder
 from snell_dist.config import UserError, trouble
 from snell_dist.exits import Exit
 
@@ -42,7 +43,8 @@ SILENT = "all ranks were gone, and the command waited on"
 END_S = 15.0  # from SIGTERM to SIGKILL
 MOST_PAUSE_S = 300.0
 
-Outcome = Literal["complete", "bad input", "interrupted", "failed", "gave up"]
+Outcome = Literal["complete", "bad input", "out of memory", "interrupted", "failed", "gave up"]
+FOR_GOOD: dict[Outcome, Exit] = {"bad input": Exit.BAD_INPUT, "out of memory": Exit.OUT_OF_MEMORY}
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def keep(folder: Path, command: Sequence[str], attempts: int, grace_s: float, pa
         made.append(launch)
         if launch.outcome == "complete":
             return Exit.DONE
-        if launch.outcome == "bad input":
+        if launch.outcome in FOR_GOOD:
             _say(f"not started again, since it would end the same way: {launch.why}")
-            return Exit.BAD_INPUT
+            return FOR_GOOD[launch.outcome]
         if requests.received is not None or launch.outcome == "interrupted":
             return _leave(requests, job)
         stalled = stalls(made, run_folder.saved_at(folder))
@@ -125,7 +127,7 @@ def _leave(requests: _Requests, job: str | None) -> int:
 def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float, requests: _Requests) -> Launch:
     """One start of the command, to its end and that of its ranks."""
     _clear(folder, grace_s)
-    verdicts = folder / VERDICTS
+    verdicts, killed = folder / VERDICTS, limits.kills()
     offset = verdicts.stat().st_size if verdicts.exists() else 0
     launch = Launch(
         _now(), platform.node(), os.environ.get("SLURM_JOB_ID"),
@@ -165,11 +167,13 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float
             _end(child, late=requests.urgent > 1 or now > due + END_S)
     status, why = _verdict(verdicts, offset)
     why = SILENT if silent else why
+    if status is None and (killed := limits.kills() - killed) > 0:  # a rank that the kernel ends says nothing
+        why = f"the kernel ended {killed} process{'es' * (killed > 1)} here for want of memory{_allowed()}"
     outcome: Outcome = "failed"
     if run_folder.is_complete(folder):
         outcome = "complete"
-    elif status == Exit.BAD_INPUT:
-        outcome = "bad input"
+    elif status in FOR_GOOD.values():
+        outcome = next(each for each, ends in FOR_GOOD.items() if ends == status)
     elif status == Exit.INTERRUPTED and (folder / run_folder.STOP).exists():
         outcome = "interrupted"  # else a launcher died, which its ranks hear as SIGTERM
     ended = replace(launch, outcome=outcome, status=child.returncode, why=why)
@@ -179,6 +183,11 @@ def _once(folder: Path, command: Sequence[str], grace_s: float, silence_s: float
 
 def _end(child: subprocess.Popen, late: bool) -> None:
     child.kill() if late else child.terminate()
+
+
+def _allowed() -> str:
+    said = [f"{size / 2**20:.0f} MiB by {name}" for name, size in limits.limits().items()]
+    return f"; allowed are {', '.join(said)}" if said else ""
 
 
 def _now() -> str:
@@ -298,9 +307,9 @@ def _requeue(job: str) -> bool:
 
 
 def _verdict(file: Path, offset: int) -> tuple[int | None, str]:
-    """What the ranks of the last start left; bad input counts before all, then a request to stop."""
+    """What the ranks of the last start left; what ends it for good counts before all, then a request to stop."""
     said = _lines(file, offset)
-    for status in (Exit.BAD_INPUT, Exit.INTERRUPTED):
+    for status in (*FOR_GOOD.values(), Exit.INTERRUPTED):
         for line in said:
             if line["status"] == status:
                 return status, line["why"]

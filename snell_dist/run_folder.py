@@ -4,6 +4,7 @@ runs/<config>/<number>/
     config.yaml      resolved: every key with the value that was in force
     run.json         exact command, versions, git commit, host, seeds; one entry an attempt
     metrics.jsonl    train.log
+    oom_rank0.txt    where a rank ran out of memory, and what would help
     checkpoints/     step_000200/, to resume from
     adapter.safetensors   what was trained, to take away
     summary.json     written last: a folder that has it is complete

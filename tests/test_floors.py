@@ -9,7 +9,7 @@ ROOT = Path(snell_dist.__file__).parent
 FLOORS = [
     ["exits"],
     ["config"],
-    ["files", "network", "standing"],
+    ["files", "limits", "network", "standing"],
     ["dist"],
     ["heartbeat", "log", "meeting"],
     ["hang", "observers"],

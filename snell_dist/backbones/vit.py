@@ -104,5 +104,5 @@ def _usual(arch: str) -> dict[str, int]:
     import torch
 
     with torch.device("meta"):
-        model: Any = _timm.create(arch)
+        model: Any = _timm.create(arch, depth=1)  # the least that has them
     return {"img_size": model.patch_embed.img_size[0], "patch_size": model.patch_embed.patch_size[0]}

@@ -19,7 +19,7 @@ from torch import nn
 from snell_dist.adapted import AdaptedLinear
 from snell_dist.anatomy import Backbone
 from snell_dist.footprint import Bytes, Category, Footprint, Moment, Owner, Phase
-from snell_dist.memory.timeline import Reading
+from snell_dist.memory.timeline import Birth, Reading, block_of
 
 LEAST = 4  # blocks of a row, to leave one out
 GROWS = Category.ACTIVATIONS, Category.GRADIENTS
@@ -111,6 +111,22 @@ def lengthen(reading: Reading, rows: Sequence[Row]) -> Footprint:
     peak = max(range(len(moments)), key=lambda i: moments[i].total)
     number, block = origins[peak]
     return Footprint(moments, reading.held(), _owners(reading, rows, number, block, moments[peak].phase == Phase.STEP))
+
+
+def births(reading: Reading, rows: Sequence[Row], phase: Phase, module: str) -> list[Birth]:
+    """What a module makes in a phase, in the whole depth."""
+    block = block_of(module, reading.blocks)
+    row = next((row for row in rows if block in row.forward), None)
+    seen, there = (block, module) if row is None else (row.second, row.moved(module, block, row.second))
+    found = reading.births(phase, there)
+    if not found:
+        return []
+    moments = lengthen(reading, rows).moments
+    after, before = (
+        next(sum(m.start.values()) for m in some if m.block == name and _way(m.phase) == _way(phase))
+        for some, name in ((moments, block), (reading.moments, seen))
+    )
+    return [replace(birth, live=birth.live + after - before) for birth in found]
 
 
 def total(by_block: Mapping[str, int], rows: Sequence[Row]) -> int:

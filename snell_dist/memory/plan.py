@@ -133,8 +133,9 @@ class Line:
 
     def __init__(self, predictor: Predictor, size: int, micro_batches: int, remat: Remat) -> None:
         self._predictor, self._micro_batches, self._remat = predictor, micro_batches, remat
-        self._exact = {n: self._predict(n) for n in {size, max(size // 2, 2), 4 if size <= 2 else size}}
-        self._ends = [self._exact[n] for n in sorted(self._exact) if n > 1]
+        low = max(size // 2, 2)
+        self._ends = [self._predict(n) for n in (low, max(size, 2 * low))]
+        self._known = {end.micro_batch_size: end.footprint for end in self._ends}
 
     @property
     def flops_per_image(self) -> float:
@@ -142,16 +143,19 @@ class Line:
         return largest.flops / largest.micro_batch_size / largest.micro_batches
 
     def at(self, size: int) -> Footprint:
-        low, high = self._ends[0], self._ends[-1]
-        one, two = low.footprint.moments, high.footprint.moments
-        if size == 1 or len(one) != len(two):
-            self._exact[size] = self._exact.get(size) or self._predict(size)
-        if size in self._exact:
-            return self._exact[size].footprint
+        if size not in self._known:
+            self._known[size] = self._between(size)
+        return self._known[size]
+
+    def _between(self, size: int) -> Footprint:
+        low, high = self._ends
+        pairs = low.footprint.moments, high.footprint.moments
+        if size == 1 or len(pairs[0]) != len(pairs[1]):
+            return self._predict(size).footprint
         slope = (size - low.micro_batch_size) / (high.micro_batch_size - low.micro_batch_size)
         moments = [
-            replace(n, bytes=_between(m.bytes, n.bytes, slope), start=_between(m.start, n.start, slope))
-            for m, n in zip(one, two, strict=True)
+            replace(two, bytes=_along(one.bytes, two.bytes, slope), start=_along(one.start, two.start, slope))
+            for one, two in zip(*pairs, strict=True)
         ]
         return replace(high.footprint, moments=moments)
 
@@ -194,7 +198,9 @@ def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
 
     What is needed is the highest of many straight lines, so a chord never lies above it further on.
     """
-    known = {n: needed(n) for n in {1, max(size, 2)}}
+    known = {n: needed(n) for n in {2, max(size, 3)}}
+    if known[2] > room:
+        return int(needed(1) <= room)
     while True:
         fitting = max((n for n in known if known[n] <= room), default=0)
         beyond = min((n for n in known if n > fitting), default=None)
@@ -341,7 +347,7 @@ def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
     }
 
 
-def _between(one: Bytes, two: Bytes, slope: float) -> dict[Category, int]:
+def _along(one: Bytes, two: Bytes, slope: float) -> dict[Category, int]:
     found: Counter[Category] = Counter()
     for category in {*one, *two}:
         first = one.get(category, 0)

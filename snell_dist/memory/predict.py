@@ -14,9 +14,10 @@ import torch
 
 from snell_dist import dist, remat
 from snell_dist.engines.ddp import Ddp
-from snell_dist.footprint import Footprint, Weight
+from snell_dist.footprint import Footprint, Moment, Owner, Phase, Weight
 from snell_dist.memory import depth, rehearsal
 from snell_dist.memory.standin import AMPERE, as_on, standing_for
+from snell_dist.memory.timeline import Birth, Reading
 from snell_dist.remat import Remat
 from snell_dist.run_config import Run
 
@@ -59,6 +60,7 @@ class Predictor:
         with self._standing(), dist.alone():
             self._made = rehearsal.prepare(plain, META, engine=Ddp(name="ddp"), change=partial(as_on, device_type))
             rehearsal.make_state(self._made)
+        self._update: tuple[list[Moment], list[Owner]] | None = None  # which is the same for any images
 
     @property
     def weights(self) -> list[Weight]:
@@ -74,17 +76,38 @@ class Predictor:
 
     def predict(self, micro_batch_size: int, micro_batches: int = 1, policy: Remat | None = None) -> Prediction:
         """One step. policy: in place of the configuration's."""
+        reading, rows = self._read(micro_batch_size, micro_batches, policy or self._remat, self._update is None)
+        flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
+        if self._update is None:
+            self._update = _update(reading)
+        else:
+            footprint = footprint.followed_by(*self._update)
+        return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
+
+    def births(self, phase: Phase, module: str, micro_batch_size: int, micro_batches: int = 1) -> list[Birth]:
+        """What that step makes while this module is at work in this phase."""
+        return depth.births(*self._read(micro_batch_size, micro_batches, self._remat, True), phase, module)
+
+    def _read(
+        self, micro_batch_size: int, micro_batches: int, policy: Remat, update: bool
+    ) -> tuple[Reading, list[depth.Row]]:
+        """update: with the optimizer's part of the step."""
         backbone = self._made.backbone
         for block in backbone.block_modules:
             vars(block).pop("forward", None)  # what the last call put there
-        remat.apply(policy or self._remat, backbone.block_modules)
+        remat.apply(policy, backbone.block_modules)
         rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
         batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
         with self._standing(), dist.alone():
             made = replace(self._made, batches=batches)
-            reading = rehearsal.record(made, "meta", self._device_type, left_out)
-        flops, footprint = depth.total(reading.flops, rows), depth.lengthen(reading, rows)
-        return Prediction(footprint, self.weights, micro_batch_size, micro_batches, self.classes, flops)
+            return rehearsal.record(made, "meta", self._device_type, left_out, update), rows
+
+
+def _update(reading: Reading) -> tuple[list[Moment], list[Owner]]:
+    """The moments of the optimizer's step, in which no block stands out, and the owners at the highest."""
+    steps = [i for i, moment in enumerate(reading.moments) if moment.phase == Phase.STEP]
+    highest = max(steps, key=lambda i: reading.moments[i].total)
+    return [reading.moments[i] for i in steps], reading.owners(highest)
 
 
 def predict(config: Run, micro_batch_size: int | None = None, micro_batches: int = 1) -> Prediction:

@@ -43,10 +43,16 @@ class Rehearsal:
     weights: list[Weight]
     classes: int
 
-    def step(self, ledger: Ledger | None = None, left_out: Sequence[nn.Parameter] = ()) -> None:
-        """One optimizer step, as train.loop makes it. `left_out`: parameters that backward does not reach."""
+    def step(self, ledger: Ledger | None = None, left_out: Sequence[nn.Parameter] = (), update: bool = True) -> None:
+        """One optimizer step, as train.loop makes it. `left_out`: parameters that backward does not reach.
+
+        update: False ends it before the optimizer's part.
+        """
         engine: Any = self.engine if ledger is None else Told(self.engine, ledger)
         self.task.step(engine, iter(self.batches))
+        if not update:
+            self.backbone.model.zero_grad()
+            return
         if ledger is not None:
             ledger.enter(Phase.STEP)
         for parameter in left_out:
@@ -138,7 +144,11 @@ def prepare(
 
 
 def record(
-    rehearsal: Rehearsal, device_type: str, stands_for: str | None = None, left_out: Sequence[nn.Parameter] = ()
+    rehearsal: Rehearsal,
+    device_type: str,
+    stands_for: str | None = None,
+    left_out: Sequence[nn.Parameter] = (),
+    update: bool = True,
 ) -> Reading:
     """The second step, which finds the optimizer's state there; on the meta device `make_state` makes that."""
     with recording(rehearsal.backbone.model, rehearsal.backbone.blocks, device_type, stands_for) as ledger:
@@ -147,7 +157,7 @@ def record(
             rehearsal.step(ledger)
         ledger.restart()
         own(ledger, rehearsal)
-        rehearsal.step(ledger, left_out)
+        rehearsal.step(ledger, left_out, update)
         return ledger.reading()
 
 

@@ -55,6 +55,15 @@ class History:
     flops: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Birth:
+    """A storage's, while a module is at work. `live`: bytes just before."""
+
+    category: Category
+    size: int
+    live: int
+
+
 @dataclass
 class _Group:
     """Visits in a row in one block."""
@@ -102,6 +111,19 @@ class Reading:
                 found[storage.module, self.categories[id(storage)]] += storage.size
         owners = [Owner(module, block_of(module, self.blocks), kind, size) for (module, kind), size in found.items()]
         return sorted(owners, key=lambda owner: -owner.bytes)
+
+    def births(self, phase: Phase, module: str) -> list[Birth]:
+        """Of all that is made while this module is at work in this phase, in the order of time."""
+        found, visits = list[Birth](), self.history.visits
+        for storage in self.history.storages:
+            visit = visits[storage.visit]
+            if storage.born and (visit.phase, visit.module) == (phase, module):
+                found.append(Birth(self.categories[id(storage)], storage.size, self._live_before(storage.born)))
+        return found
+
+    def _live_before(self, time: int) -> int:
+        storages = self.history.storages
+        return sum(s.size for s in storages if s.born < time and (s.died is None or s.died > time))
 
 
 def read(history: History, blocks: Mapping[str, str], adapted: Collection[str]) -> Reading:
