@@ -101,10 +101,11 @@ def main() -> int:
     runner.knows(about)
     planned = rehearsed(out) if rehearsal else cases(out)
     chosen = [case for case in planned if args.only is None or any(words in case.name for words in args.only)]
+    places = {case.name: place for place, case in enumerate([machine.case, *chosen])}
     outcomes = [machine]
     try:
         for outcome in runner.all(chosen):
-            outcomes.append(outcome)
+            outcomes = sorted([*outcomes, outcome], key=lambda each: places[each.case.name])
             print(f"[{len(outcomes):3} of {len(chosen) + 1}] {told(outcome)}", file=sys.stderr)
             report = gpu_tables.as_json(rehearsal, about, args.budget, outcomes, time.monotonic() - begin)
             write_atomic(out.with_suffix(".json"), json.dumps(report) + "\n")
