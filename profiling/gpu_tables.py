@@ -172,7 +172,8 @@ def sentences(report: Report) -> Iterator[str]:
         worst = max(found, key=lambda entry: abs(entry["error"]))
         yield (
             f"The peaks of {len(found)} steps were predicted; the worst is off by {worst['error']:+.2%} from what the"
-            f" ledger recorded ({worst['name']}), the median by {statistics.median(abs(e['error']) for e in found):.2%}."
+            f" ledger recorded ({worst['name']}),"
+            f" the median by {statistics.median(abs(e['error']) for e in found):.2%}."
         )
         worst = max(found, key=lambda entry: abs(entry["allocator_error"]))
         yield (
