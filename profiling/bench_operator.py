@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -77,7 +78,7 @@ def contenders(case: Case, device: torch.device = CPU, dtype: torch.dtype = torc
         x = torch.randn(8, case.tokens // 8 or 1, case.in_features)[:, : case.tokens // 8].to(dtype).requires_grad_()
         upstream = torch.randn(*x.shape[:-1], case.out_features).to(dtype)
         a, b = (nn.Parameter(t) for t in ops.init_factors(case.in_features, case.out_features, case.rank))
-    peft_layer = peft_lora(case, weight)
+        peft_layer = peft_lora(case, weight)
 
     def ours(memory: ops.ThresholdState) -> Tensor:
         settings = {"sparsity": case.sparsity, "dropout": case.dropout, "training": True, "state": memory}
@@ -130,16 +131,22 @@ def peft_lora(case: Case, weight: Tensor) -> nn.Module:
 
 
 def interleaved(
-    steps: dict[str, Step], rounds: int, device: torch.device = CPU, warm_up: int = 1, calls: int = 1
+    steps: dict[str, Step],
+    rounds: int,
+    device: torch.device = CPU,
+    warm_up: int = 1,
+    calls: int = 1,
+    most_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each step; the contenders take turns, each for so many calls."""
+    """Seconds of each step; the contenders take turns, each for so many calls. After `most_s` two turns are enough."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-warm_up, rounds):
+    began = time.perf_counter()
+    for turn in range(warm_up + rounds):
         for name, step in steps.items():
-            taken = seconds_of(step, device, calls)
-            if turn >= 0:
-                seconds[name].append(taken)
-    return seconds
+            seconds[name].append(seconds_of(step, device, calls))
+        if turn and time.perf_counter() - began > most_s:
+            break
+    return {name: found[min(warm_up, len(found) - 1) :] for name, found in seconds.items()}
 
 
 def seconds_of(step: Step, device: torch.device, calls: int) -> float:

@@ -48,6 +48,7 @@ ROUNDS = 5
 WARM_UP = {"cuda": 3, "cpu": 1}
 STEPS_A_TURN = {"cuda": 2, "cpu": 1}  # so many in a row, so that a GPU never waits to be told
 CALLS_A_TURN = {"cuda": 10, "cpu": 1}
+TURNS_S = 15.0  # of contenders taking turns
 HISTORY = 100_000  # of the allocator's events, in the snapshot
 
 SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "CUDA_MODULE_LOADING"
@@ -147,7 +148,7 @@ def steps(said: Mapping[str, Any]) -> Measure:
     def measure(device: torch.device) -> dict[str, Any]:
         calls = {name: made_there(config, device).step for name, config in configs.items()}
         turns = bench_operator.interleaved(
-            calls, said["rounds"], device, WARM_UP[device.type], STEPS_A_TURN[device.type]
+            calls, said["rounds"], device, WARM_UP[device.type], STEPS_A_TURN[device.type], TURNS_S
         )
         return {"seconds_by_method": medians(turns)}
 
@@ -161,7 +162,7 @@ def operator(said: Mapping[str, Any]) -> Measure:
     def measure(device: torch.device) -> dict[str, Any]:
         calls = bench_operator.contenders(case, device, dtype)
         turns = bench_operator.interleaved(
-            calls, said["rounds"], device, WARM_UP[device.type], CALLS_A_TURN[device.type]
+            calls, said["rounds"], device, WARM_UP[device.type], CALLS_A_TURN[device.type], TURNS_S
         )
         peaks = {name: bench_operator.peak_mib(call, device) for name, call in calls.items()}
         product = 2 * case.tokens * case.in_features * case.out_features
@@ -179,7 +180,7 @@ def snapshot(said: Mapping[str, Any]) -> Measure:
         made.step()
         if device.type != "cuda":
             return {"file": None}
-        torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY)
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=HISTORY)
         made.step()
         written = device_memory.snapshot(file)
         torch.cuda.memory._record_memory_history(enabled=None)

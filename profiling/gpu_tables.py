@@ -169,12 +169,17 @@ def sentences(report: Report) -> Iterator[str]:
         yield f"{len(without)} of {len(report['cases'])} cases have no figure: see why below."
     found = _measured(report, "memory")
     if found:
-        for key, against in (("error", "what the ledger recorded"), ("allocator_error", "the allocator's count")):
-            worst = max(found, key=lambda entry: abs(entry[key]))
-            yield (
-                f"The peaks of {len(found)} steps were predicted; the worst is off by {worst[key]:+.2%} from {against}"
-                f" ({worst['name']}), the median by {statistics.median(abs(e[key]) for e in found):.2%}."
-            )
+        worst = max(found, key=lambda entry: abs(entry["error"]))
+        yield (
+            f"The peaks of {len(found)} steps were predicted; the worst is off by {worst['error']:+.2%} from what the"
+            f" ledger recorded ({worst['name']}),"
+            f" the median by {statistics.median(abs(e['error']) for e in found):.2%}."
+        )
+        worst = max(found, key=lambda entry: abs(entry["allocator_error"]))
+        yield (
+            f"Beside the allocator's count the worst is off by {worst['allocator_error']:+.2%} ({worst['name']}), the"
+            f" median by {statistics.median(abs(e['allocator_error']) for e in found):.2%}."
+        )
     peaks = {(e["labels"]["backbone"], e["labels"]["method"]): e["allocated_bytes"] for e in found if _plain(e)}
     times = {entry["labels"]["backbone"]: entry for entry in _measured(report, "steps") if _plain(entry)}
     for backbone in dict.fromkeys(backbone for backbone, _ in peaks):
