@@ -411,7 +411,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.as_json(made), indent=2))
     else:
-        past = profile.past(args.history, loaded.config)
+        past = profile.past(args.history, loaded.config, "cuda")
         print(words.plan(made, loaded.config.data.class_count() is None, past))
     return Exit.DONE
 

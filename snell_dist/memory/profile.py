@@ -102,23 +102,25 @@ def remember(found: Profiled, name: str, config: Run, device: torch.device, file
     write_atomic(file, f"{lines}{json.dumps(said)}\n")
 
 
-def past(file: Path, config: Run) -> str | None:
+def past(file: Path, config: Run, device_type: str) -> str | None:
     """How far earlier predictions were off: of the same kind, where there are any, or else of all."""
     if not file.exists():
         return None
+    wanted = device_type, config.method.name, str(config.engine), config.remat.policy
+    errors: dict[tuple[str, ...], list[float]] = {}
     try:
-        known = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        errors = {(k["method"], k["engine"], k["remat"]): [] for k in known}  # type: ignore[var-annotated]
-        for entry in known:
-            errors[entry["method"], entry["engine"], entry["remat"]].append(entry["error"])
-    except (ValueError, KeyError, TypeError):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            known = json.loads(line)
+            kind = known["device"].partition(":")[0], known["method"], known["engine"], known["remat"]
+            errors.setdefault(kind, []).append(float(known["error"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: is no history of predictions; take it away, or name another by --history") from None
-    same = errors.get((config.method.name, str(config.engine), config.remat.policy), [])
-    chosen = same or [error for each in errors.values() for error in each]
+    chosen = errors.get(wanted) or [error for each in errors.values() for error in each]
     if not chosen:
         return None
-    what = "this method, engine and recomputation" if same else "other settings"
-    return f"of {len(chosen)} predictions of {what} the worst was off by {max(chosen, key=abs):+.2%} ({file})"
+    devices = " and ".join(sorted({kind[0] for kind in errors}))
+    what = "this method, engine and recomputation" if wanted in errors else f"other settings, on {devices},"
+    return f"of {len(chosen)} earlier predictions of {what} the worst was off by {max(chosen, key=abs):+.2%} ({file})"
 
 
 def compared(found: Profiled) -> dict[str, list[tuple[str, int, int]]]:
