@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,6 +11,14 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60  # what version 1 says instead
+SAYS = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it means that memory ran out: torch's on any device, Python's and numpy's, and the system's own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and SAYS.search(str(error)) is not None)
 
 
 def limits() -> dict[str, int]:

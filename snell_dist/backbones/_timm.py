@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from snell_dist import limits
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def create(arch: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(arch, **{key: value for key, value in options.items() if value is not None})
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if limits.ran_out(error):
+            raise
         raise ConfigError(Problem("backbone", f"timm cannot make {arch}: {first_line(error)}")) from None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from snell_dist import dist, heartbeat, log, meeting
+from snell_dist import dist, heartbeat, limits, log, meeting
 from snell_dist.config import ConfigError, Problem, first_line
 from snell_dist.engines import Engine, EngineSection, Job, Saved, Share, Unit, Work, rest
 from snell_dist.engines._deepspeed_keys import check_extra
@@ -145,6 +145,8 @@ class Zero(EngineSection):
         try:
             engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=config)
         except (AssertionError, ValueError, RuntimeError) as error:
+            if limits.ran_out(error):
+                raise
             raise ConfigError(Problem("engine", f"DeepSpeed refuses: {first_line(error)}")) from None
         return ZeroEngine(work, engine, optimizer, self.stage)
 

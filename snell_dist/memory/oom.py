@@ -7,7 +7,6 @@ was for, and what would help, the plan says (`remedies`), in a process of its ow
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import subprocess
@@ -35,7 +34,6 @@ from snell_dist.memory.remedies import CONFIG, DIAGNOSIS, FAILURE, Change, Diagn
 from snell_dist.memory.timeline import block_of
 from snell_dist.run_config import Run
 
-SAYS = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")
 PATIENCE_S = 120.0  # for the plan
 LAUNCH = re.compile(r"RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+")
@@ -55,7 +53,7 @@ def explained(config: Run, folder: Path, built: Built) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not limits.ran_out(error):
             raise
         failure = look(error, config, built, folder)
         traceback.clear_frames(error.__traceback__)  # what they hold makes room for what follows
@@ -77,22 +75,13 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not limits.ran_out(error):
             raise
         failed = first_line(error)
         traceback.clear_frames(error.__traceback__)
     if failed:
         plan = f"snell plan {name} --gpus N --gpu-memory SIZE"
         raise OutOfMemory(f"{name}: out of memory before the first step ({failed}); {plan} says what fits")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch's on CUDA, torch's on the CPU, Python's and numpy's, and the system's own."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and SAYS.search(str(error)) is not None
 
 
 def look(error: BaseException, config: Run, built: Built, folder: Path) -> Failure:

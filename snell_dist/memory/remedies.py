@@ -104,7 +104,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Of the plan. asked_for: categories of its requests of that size there. live: bytes before the request, at least."""
+    """By the plan. asked_for: categories of requests of that size there. live: bytes before the request, at least."""
 
     peak_bytes: int
     peak: str

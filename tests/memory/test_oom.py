@@ -25,10 +25,11 @@ from snell_dist.build import Built, build
 from snell_dist.config import load
 from snell_dist.footprint import Category, Phase
 from snell_dist.keep import launches
-from snell_dist.limits import GROUPS
-from snell_dist.memory import oom, rehearsal
+from snell_dist.limits import GROUPS, ran_out
+from snell_dist.memory import device, oom, rehearsal
 from snell_dist.memory.device import Figures
 from snell_dist.memory.gpus import MIB, parse_size
+from snell_dist.memory.predict import Predictor
 from snell_dist.memory.remedies import Failure, diagnose
 from snell_dist.run_config import Run
 
@@ -191,8 +192,28 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )  # fmt: skip
 def test_what_was_asked_for(message: str, asked: int | None, rounding: int) -> None:
-    assert oom.is_out_of_memory(RuntimeError(message))
+    assert ran_out(RuntimeError(message))
     assert oom.asked_for(message) == (asked, rounding)
+
+
+@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD])
+@pytest.mark.parametrize("block", ["blocks.0", "blocks.2", "blocks.4"])
+def test_requests_of_blocks_that_stand_out_are_those_of_the_whole_depth(block: str, phase: Phase) -> None:
+    run = load("demo", ["backbone.weights=null", "backbone.depth=6"], Run).config
+    found, true = (
+        Predictor(run, "cpu", every_block=every).births(phase, f"{block}.mlp.fc1", 8) for every in (False, True)
+    )
+    assert found == true
+    assert len({birth.live for birth in found}) > 1
+
+
+def test_a_cpu_tells_nothing_of_a_gpu(tmp_path: Path) -> None:
+    said = device.figures(torch.device("cpu"))
+    assert said == Figures()
+    assert said.fragmentation is None
+    assert Figures(allocated=3, reserved=5).fragmentation == 2
+    if not torch.cuda.is_available():
+        assert device.snapshot(tmp_path / "snapshot.pickle") is None
 
 
 @pytest.fixture
@@ -202,8 +223,8 @@ def on_cuda(tmp_path: Path) -> Failure:
     return Failure(
         message=TENSORS, rank=3, ranks=8, ranks_per_node=4, host="node1", device_type="cuda", capability=(8, 0),
         place="the forward pass", step=1, phase=Phase.FORWARD, block="blocks.7", module="blocks.7.mlp.fc1",
-        kind="AdaptedLinear", sure=True, asked=148 * MIB, rounding=MIB // 100, images=64, micro_batch_size=64, eval_batch_size=64,
-        held=400 * MIB, gradients=0, figures=figures, snapshot="run/oom_rank3.pickle",
+        kind="AdaptedLinear", sure=True, asked=148 * MIB, rounding=MIB // 100, images=64, micro_batch_size=64,
+        eval_batch_size=64, held=400 * MIB, gradients=0, figures=figures, snapshot="run/oom_rank3.pickle",
     )  # fmt: skip
 
 
