@@ -339,6 +339,10 @@ def _snapshots(report: Report) -> Iterator[str]:
 def _notes(report: Report) -> Iterator[str]:
     if report["mark"]:
         yield f"{MARK}. Small models show that it works from start to end, and that predictions hold."
+        yield (
+            "On a CPU the batch is the caller's and stays there (as predicted for a GPU it goes after forward), and"
+            " kernels take room of their own, which the allocator counts and no ledger sees."
+        )
     yield "sparse: full sparse tuning. bfloat16: products by autocast, and the frozen base stored so."
     yield "Attention explicit: the paper's setting (`configs/scale/paper_memory.yaml`), of 100 classes; else 1,000."
 
