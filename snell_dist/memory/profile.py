@@ -177,8 +177,7 @@ def _allocated(made: Rehearsal, device: torch.device) -> tuple[int | None, Figur
         return said.allocated_peak, said
     if device.type != "cpu" or dist.world_size() > 1:  # buckets are there before, and nobody counts them
         return None, Figures()
-    batches = {t.data_ptr(): t.nbytes for batch in made.batches for t in (batch.images, batch.labels)}
-    held = held_bytes(made.engine) + sum(batches.values())
+    held = held_bytes(made.engine)
     with memory_profiler() as profiler:
         made.step()
     return held + peak_of(profiler), Figures()

@@ -49,7 +49,7 @@ class Rehearsal:
         update: False ends it before the optimizer's part.
         """
         engine: Any = self.engine if ledger is None else Told(self.engine, ledger)
-        self.task.step(engine, iter(self.batches))
+        self.task.step(engine, (batch.copy() for batch in self.batches))  # which the step may drop, as in training
         if not update:
             self.backbone.model.zero_grad()
             return

@@ -59,7 +59,6 @@ def true_step(made: Rehearsal) -> Truth:
     """The second step, in which the optimizer's state is there."""
     made.step()
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made.engine.held()}
-    held |= {t.data_ptr(): t.nbytes for batch in made.batches for t in (batch.images, batch.labels)}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _told(made):
         made.step()
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
