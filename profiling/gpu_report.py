@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ import torch
 from bench_operator import SHAPES
 from demo import environment
 from gpu_case import PEFT, SMALL
+from gpu_tables import Case, Outcome
 
 from snell_dist.config import UserError
 from snell_dist.files import write_atomic
@@ -56,25 +56,6 @@ VITS = ["ViT-B/16", "ViT-L/16", "ViT-H/14"]
 TOWERS = ["CLIP L/14", "CLIP H/14", "CLIP bigG/14"]
 LAYERS = [{"in_features": one, "out_features": two, "rank": 8} for one, two in SHAPES]
 FLOAT, HALF = "float32", "bfloat16"
-
-
-@dataclass(frozen=True)
-class Case:
-    """said: what `gpu_case` is told."""
-
-    name: str
-    kind: str
-    said: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """found: what the case measured; or else the problem that kept it from that."""
-
-    case: Case
-    seconds: float
-    found: dict[str, Any] | None = None
-    problem: str | None = None
 
 
 def main() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import paper_memory
 import yaml
@@ -16,13 +17,29 @@ from snell_dist.memory.gpus import MIB, in_words
 from snell_dist.memory.overhead import Overhead
 from snell_dist.report.memory import Page, Row, where
 
-if TYPE_CHECKING:
-    from gpu_report import Outcome
-
 MARK = "CPU rehearsal: no figure here is of a GPU"
 LARGE = 0.01  # of the peak: parts below that are named in the JSON only
 RIVAL = PEFT
 Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """said: what `gpu_case` is told."""
+
+    name: str
+    kind: str
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """found: what the case measured; or else the problem that kept it from that."""
+
+    case: Case
+    seconds: float
+    found: dict[str, Any] | None = None
+    problem: str | None = None
 
 
 def as_json(

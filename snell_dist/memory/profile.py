@@ -76,8 +76,9 @@ def measured(made: Rehearsal, said: Share, device: torch.device) -> Profiled:
     step_s = _median_s(made.step, device)
     allocated, figures = _allocated(made, device)
     begin = time.perf_counter()
-    found = rehearsal.record(made, device.type).footprint()
+    reading = rehearsal.record(made, device.type)
     recorded_s = (time.perf_counter() - begin) / 2
+    found = reading.footprint()
     told = {name: size for name, size in asdict(figures).items() if size is not None}
     return Profiled(said, found, allocated, told, step_s, recorded_s, made.classes)
 

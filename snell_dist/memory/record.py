@@ -134,10 +134,11 @@ class Ledger(TorchDispatchMode):
                 gathers = "gather" in function._schema.name
                 storage.category = Category.GATHERED if gathers else Category.COMMUNICATION
         self._recomputing()
-        implementation = library.inside(function)
+        implementation = library.inside(function) if function.namespace == "snell" else None
         if implementation is None:
             made = function(*args, **kwargs)
-            if (count := flop_registry.get(function._overloadpacket)) is not None:
+            count = flop_registry.get(function._overloadpacket) if self._device_type == "meta" else None
+            if count is not None:
                 self._flops[self._module] += count(*args, **kwargs, out_val=made)
         else:
             made = self._look_inside(function, implementation, args)

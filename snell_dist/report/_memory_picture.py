@@ -10,8 +10,7 @@ from typing import Any
 from snell_dist.config import UserError
 from snell_dist.footprint import Category, Footprint, Phase
 from snell_dist.memory.gpus import GIB, in_words
-from snell_dist.report import memory
-from snell_dist.report.memory import CARDS_GIB, COLOURS, LINES, Page, Row
+from snell_dist.report._memory_rows import CARDS_GIB, COLOURS, LINES, Page, Row, where
 
 INK, SOFT, LINE = "#1d232b", "#66717e", "#e3e7ec"
 MARKERS = "osD^P*Xv"
@@ -95,7 +94,7 @@ def _step(ax: Any, name: str, footprint: Footprint, tallest: int) -> None:
     peak, at = footprint.peak, moments.index(footprint.peak) + 0.5
     side = "left" if at < len(moments) / 3 else "right" if at > 0.67 * len(moments) else "center"
     ax.plot([at, at], [0, peak.total / GIB], color=INK, lw=1, ls=":")
-    ax.text(at, 1.02 * peak.total / GIB, f"{in_words(peak.total)}: {memory.where(peak)}", ha=side, color=INK)
+    ax.text(at, 1.02 * peak.total / GIB, f"{in_words(peak.total)}: {where(peak)}", ha=side, color=INK)
     ax.set(
         xlim=(0, len(moments)), ylim=(0, 1.3 * tallest / GIB), ylabel="GiB", xticks=[], xlabel="time, block by block"
     )

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from snell_dist import methods
 from snell_dist.backbones import section
-from snell_dist.memory import casts
-from snell_dist.memory.standin import as_on, standing_for
+from snell_dist.memory.standin import as_on, casts, standing_for
 from snell_dist.optim import Optim, make_optimizer
 from snell_dist.packed import PackedLinear
 from snell_dist.precision import Precision

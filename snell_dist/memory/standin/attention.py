@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
-from snell_dist.memory.casts import Cache
+from snell_dist.memory.standin.casts import Cache
 
 HALF = torch.float16, torch.bfloat16
 ALIGNMENT = 8  # entries: of a flash kernel's heads, and of a row of the memory-efficient kernel's mask

@@ -19,7 +19,7 @@ from torch._C import DispatchKeySet, _ExcludeDispatchKeyGuard, _IncludeDispatchK
 from torch.library import _scoped_library, fallthrough_kernel
 
 from snell_dist import standing
-from snell_dist.memory import attention, casts, layouts
+from snell_dist.memory.standin import attention, casts, layouts
 
 DEVICE = "ipu"  # whose autocast this takes the place of
 KEY: Any = torch._C.DispatchKey.AutocastIPU  # type: ignore[attr-defined]
