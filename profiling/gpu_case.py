@@ -86,7 +86,7 @@ def made_there(config: Run, device: torch.device) -> Rehearsal:
     size = config.data.batch_size
     with device:
         made = rehearsal.prepare(config, device, size)
-    made = replace(made, batches=rehearsal.batches(made.backbone.image_shape, size, 1))
+    made = replace(made, micro_batch_size=size, micro_batches=1)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what making the model has left

@@ -98,9 +98,6 @@ class Batch:
     total: int
     last: bool
 
-    def copy(self) -> Batch:
-        return Batch(self.images.clone(), self.labels.clone(), self.total, self.last)
-
     def to(self, device: torch.device) -> Batch:
         moved = self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
         return Batch(*moved, self.total, self.last)

@@ -164,7 +164,7 @@ def held_by_forward(built: Built, config: Run) -> int:
         outputs = built.engine.forward(images)
     for _ in range(FLUSHES):
         dist.sum_over_ranks(torch.zeros(1))
-    held = touched.living_bytes(but=[*built.engine.held(), images])
+    held = touched.living_bytes(but=[*(tensor for _, tensor in built.engine.held()), images])
     del outputs
     return held
 

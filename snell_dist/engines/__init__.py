@@ -111,8 +111,11 @@ class Engine(Protocol):
         """This rank's part of each frozen parameter."""
         ...
 
-    def held(self) -> Iterator[Tensor]:
-        """This rank's tensors that stay between steps: parameters, buffers, optimizer state."""
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's tensors that stay between steps: parameters, buffers, optimizer state.
+
+        Each with the parameter or buffer that it is, or belongs to; an empty name where it is of several.
+        """
         ...
 
     def units(self) -> list[Unit]: ...

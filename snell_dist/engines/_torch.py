@@ -122,11 +122,13 @@ class TorchEngine:
             if not parameter.requires_grad:
                 yield name, part(parameter.detach())
 
-    def held(self) -> Iterator[Tensor]:
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            yield part(tensor)
-        for state in self._optimizer.state.values():
-            yield from (part(value) for value in state.values() if isinstance(value, Tensor))
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            yield name, part(tensor)
+        for name, parameter in self._named.items():
+            for value in self._optimizer.state[parameter].values():
+                if isinstance(value, Tensor):
+                    yield name, part(value)
 
     def one_by_one(self) -> None:
         """Has the optimizer take plain and sharded parameters each by itself."""

@@ -512,14 +512,14 @@ class ZeroEngine:
             if not parameter.requires_grad:
                 yield name, getattr(parameter, "ds_tensor", parameter.detach())
 
-    def held(self) -> Iterator[Tensor]:
-        for parameter in self.model.parameters():
-            yield getattr(parameter, "ds_tensor", parameter)
-        yield from self.model.buffers()
-        if self._stage:
-            yield from self._flat()
-        for state in self._inner.state.values():
-            yield from (value for value in state.values() if hasattr(value, "untyped_storage"))
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter)
+        yield from self.model.named_buffers()
+        states = [value for state in self._inner.state.values() for value in state.values()]
+        for tensor in (*(self._flat() if self._stage else ()), *states):
+            if hasattr(tensor, "untyped_storage"):
+                yield "", tensor  # flat, of all that trains
 
     def units(self) -> list[Unit]:
         if self._stage < 3:

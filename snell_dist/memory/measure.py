@@ -69,7 +69,7 @@ def process_mib(device: torch.device) -> float:
 
 def held_bytes(engine: Engine) -> int:
     """Bytes that stay between steps: parameters, buffers and optimizer state (gradients are cleared)."""
-    storages = [tensor.untyped_storage() for tensor in engine.held()]
+    storages = [tensor.untyped_storage() for _, tensor in engine.held()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -97,9 +97,8 @@ class Predictor:
             vars(block).pop("forward", None)  # what the last call put there
         remat.apply(policy, backbone.block_modules)
         rows, left_out = ([], []) if self._every_block else depth.shorten(backbone)
-        batches = rehearsal.batches(backbone.image_shape, micro_batch_size, micro_batches)
         with self._standing(), dist.alone():
-            made = replace(self._made, batches=batches)
+            made = replace(self._made, micro_batch_size=micro_batch_size, micro_batches=micro_batches)
             return rehearsal.record(made, "meta", self._device_type, left_out, update), rows
 
 

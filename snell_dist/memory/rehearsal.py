@@ -39,7 +39,8 @@ class Rehearsal:
     backbone: Backbone
     task: Task
     engine: Engine
-    batches: list[Batch]
+    micro_batch_size: int
+    micro_batches: int
     weights: list[Weight]
     classes: int
 
@@ -49,7 +50,7 @@ class Rehearsal:
         update: False ends it before the optimizer's part.
         """
         engine: Any = self.engine if ledger is None else Told(self.engine, ledger)
-        self.task.step(engine, (batch.copy() for batch in self.batches))  # which the step may drop, as in training
+        self.task.step(engine, self.batches())
         if not update:
             self.backbone.model.zero_grad()
             return
@@ -58,6 +59,13 @@ class Rehearsal:
         for parameter in left_out:
             parameter.grad = torch.empty_like(parameter)
         engine.step(LR)
+
+    def batches(self) -> Iterator[Batch]:
+        """Grey images of class 0, in host memory, each micro-batch made when it is asked for, as in training."""
+        size, last = self.micro_batch_size, self.micro_batches - 1
+        for number in range(self.micro_batches):
+            images, labels = torch.zeros(size, *self.backbone.image_shape), torch.zeros(size, dtype=torch.int64)
+            yield Batch(images, labels, total=size * self.micro_batches, last=number == last)
 
 
 class Told:
@@ -139,8 +147,7 @@ def prepare(
     )
     prepared = (engine or config.engine).prepare(work)
     backbone.model.train()
-    made = batches(backbone.image_shape, micro_batch_size, accumulation)
-    return Rehearsal(backbone, task, prepared, made, weights, classes)
+    return Rehearsal(backbone, task, prepared, micro_batch_size, accumulation, weights, classes)
 
 
 def record(
@@ -189,13 +196,6 @@ def weights_of(backbone: Backbone, trainable: Sequence[str]) -> list[Weight]:
     return found
 
 
-def batches(shape: tuple[int, int, int], size: int, accumulation: int) -> list[Batch]:
-    """Micro-batches of grey images, in host memory, all of class 0."""
-    images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
-    last = accumulation - 1
-    return [Batch(images, labels, total=size * accumulation, last=i == last) for i in range(accumulation)]
-
-
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(_owner(n), _part(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
 
@@ -203,7 +203,7 @@ def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _state(engine: Engine) -> list[tuple[str, Tensor]]:
     """The optimizer's tensors, which are among those that an engine holds and no parameter or buffer."""
     kept = {_storage(_part(t)) for t in (*engine.model.parameters(), *engine.model.buffers())}
-    return [(OUTSIDE, tensor) for tensor in engine.held() if _storage(tensor) not in kept]
+    return [(_owner(name), tensor) for name, tensor in engine.held() if _storage(tensor) not in kept]
 
 
 def _owner(parameter: str) -> str:

@@ -122,7 +122,7 @@ def measure(config: Run, device: torch.device) -> dict[str, Any]:
         for step in range(MEASURED + 1):
             if step == MEASURED:
                 watch(built, alive)
-                held = {s.data_ptr(): s.nbytes() for s in storages(engine.held())}
+                held = {s.data_ptr(): s.nbytes() for s in storages(tensor for _, tensor in engine.held())}
                 alive.wire.clear()
                 alive.enter("between", "", engine.model)
                 alive.enter("forward", "", engine.model)

@@ -58,7 +58,7 @@ class Truth:
 def true_step(made: Rehearsal) -> Truth:
     """The second step, in which the optimizer's state is there."""
     made.step()
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made.engine.held()}
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in made.engine.held()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _told(made):
         made.step()
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]

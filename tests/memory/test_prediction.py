@@ -142,7 +142,7 @@ def test_other_settings_are_predicted(case: str) -> None:
     made = rehearsal.prepare(run, CPU, run.data.batch_size)
     found, true = predicted(run), true_step(made)
     # The contrastive step keeps its batches; a device drops its copies when the forward is over.
-    kept = 0 if Category.INPUTS in found.peak.bytes else made.batches[0].images.nbytes
+    kept = 0 if Category.INPUTS in found.peak.bytes else next(made.batches()).images.nbytes
     peak = found.peak_bytes + kept
     assert close(peak, true.peak(), PEAK), f"peak {peak / true.peak() - 1:+.2%}"
 
