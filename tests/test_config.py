@@ -129,7 +129,9 @@ def test_line_one_of_every_shipped_file_is_its_command(name: str) -> None:
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     command = lines[0].removesuffix(" data.dataset=NAME").removesuffix(" data.root=DIR")  # which only the user knows
     launched = r"torchrun --nproc-per-node=\d -m snell_dist"
-    assert re.fullmatch(rf"# (snell|{launched}) train {name}", command)
+    many = rf"snell launch {name} data\.root=DIR --via slurm --nodes \d+ --gpus-per-node \d --submit"
+    asks = rf"snell plan {name} --gpus 1 --gpu \w+"
+    assert re.fullmatch(rf"# ((snell|{launched}) train {name}|{many}|{asks})", command)
     assert lines[1].startswith("# ")
 
 

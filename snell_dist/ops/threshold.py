@@ -151,7 +151,7 @@ def by_radix(tiles: Tiles, count: int, sparsity: float, interpolated: bool, like
         # (take: an index in brackets would be read on the host)
         rank = rank - torch.where(found > 0, upto.take((found - 1).clamp_min(0)), 0)
         prefix = (prefix << take) | found.to(whole)
-        left -= take
+        left = 0 if like.is_meta else left - take  # there one pass shows what each of them takes
     first = prefix.view(like.dtype)
     largest = torch.zeros_like(first)
     second = torch.full_like(first, torch.inf)
