@@ -70,7 +70,7 @@ def find(name: str | None, memory: str | None) -> Gpu:
     if name is not None and name.lower() not in KNOWN:
         others = f"(allowed: {', '.join(KNOWN)}; of any other say --gpu-memory, such as 80GiB)"
         raise UserError(f"--gpu {name}: unknown{nearest(name.lower(), KNOWN)} {others}")
-    gpu = replace(KNOWN[UNNAMED], name=f"a GPU of {memory}") if name is None else KNOWN[name.lower()]
+    gpu = replace(KNOWN[UNNAMED], name="GPU") if name is None else KNOWN[name.lower()]
     return gpu if memory is None else replace(gpu, memory=parse_size(memory, "--gpu-memory"))
 
 

@@ -167,7 +167,7 @@ def _options(
     config: Run, machine: Machine, overhead: Overhead, engine: EngineSection, remat: Remat, predictor: Predictor,
     line: Line, size: int,
 ) -> list[Option]:  # fmt: skip
-    """At the configuration's micro-batch; and where that does not fit, in as many smaller ones as it takes."""
+    """At the configuration's micro-batch; where that does not fit, in as many smaller ones as it takes, or of one image."""
     images = config.data.batch_size // machine.gpus
 
     def needed(micro: int) -> tuple[Share, dict[str, int]]:
@@ -187,10 +187,10 @@ def _options(
 
     largest = _largest(bytes_of, machine.gpu.memory, size)
     smaller = [n for n in range(1, min(largest, size - 1) + 1) if images % n == 0]
-    if largest >= size or not smaller:
+    if largest >= size or size == 1:
         return [option(size)]
     own = engine is config.engine and remat is config.remat
-    return [*([option(size)] if own else []), option(smaller[-1])]
+    return [*([option(size)] if own else []), option(smaller[-1] if smaller else 1)]
 
 
 def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
