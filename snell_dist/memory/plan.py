@@ -167,7 +167,7 @@ def _options(
     config: Run, machine: Machine, overhead: Overhead, engine: EngineSection, remat: Remat, predictor: Predictor,
     line: Line, size: int,
 ) -> list[Option]:  # fmt: skip
-    """At the configuration's micro-batch; where that does not fit, in as many smaller ones as it takes, or of one image."""
+    """At the configuration's micro-batch; where that does not fit, in as many smaller ones as it takes."""
     images = config.data.batch_size // machine.gpus
 
     def needed(micro: int) -> tuple[Share, dict[str, int]]:
