@@ -13,16 +13,16 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from compare import BACKBONES, ran
 from rich.progress import track
 
-from snell_dist.config import ConfigError, Plugin, check
+from snell_dist.config import check
 from snell_dist.engines import EngineSection, Job
 from snell_dist.memory.gpus import GIB, MIB, in_words
 from snell_dist.memory.overhead import Overhead
+from snell_dist.memory.plan import engines
 from snell_dist.memory.predict import Predictor
 from snell_dist.report.memory import Page, Row, write
 from snell_dist.run_config import Run
@@ -82,7 +82,7 @@ def predicted(model: str, images: Sequence[int]) -> Iterator[Row]:
         whole = predictor.predict(size)
         for gpus in GPUS:
             job = Job(predictor.weights, predictor.blocks, gpus, min(gpus, PER_NODE), 1, "cuda")
-            for engine in engines(config(model), gpus):
+            for engine in engines(config(model), gpus, max(gpus // PER_NODE, 1)):
                 share = engine.share(whole.footprint, job)
                 labels = {"engine": words(engine), "model": model, "GPUs": gpus, "images a GPU": size}
                 estimated = Overhead().parts(share.footprint.peak_bytes, many=gpus > 1)
@@ -94,19 +94,6 @@ def predicted(model: str, images: Sequence[int]) -> Iterator[Row]:
                 }
                 beyond = sum(estimated.values())
                 yield Row(labels, whole.trainable_numbers, share.footprint, beyond=beyond, figures=figures)
-
-
-def engines(said: Run, gpus: int) -> Iterator[EngineSection]:
-    """The settings of each engine that can do this work on so many GPUs."""
-    plugin = Plugin("engines")
-    for name in plugin.names():
-        kind: Any = plugin.find(name)
-        for engine in kind.variants(gpus, max(gpus // PER_NODE, 1)):
-            try:
-                engine.check(said.precision, said.optim)
-            except ConfigError:
-                continue
-            yield engine
 
 
 def words(engine: EngineSection) -> str:

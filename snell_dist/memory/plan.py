@@ -99,15 +99,14 @@ def make(name: str, config: Run, machine: Machine, overhead: Overhead) -> Plan:
     size = config.data.batch_size // machine.gpus // accumulation
     options: list[Option] = []
     policies = dict.fromkeys([config.remat.policy, "none", "selective", "block"])
-    engines = _engines(config, machine)
+    others = [e for e in engines(config, machine.gpus, machine.nodes) if e != config.engine]
     predictor = Predictor(config, capability=machine.gpu.capability)
     for policy in policies:
         remat = config.remat if policy == config.remat.policy else Remat(policy=policy)
         line = Line(predictor, size, min(accumulation, 2), remat)
-        for engine in engines:
+        for engine in (config.engine, *others):
             options += _options(config, machine, overhead, engine, remat, predictor, line, size)
-    own, *others = options
-    ordered = [own, *sorted(others, key=lambda option: option.step_s)]
+    ordered = [options[0], *sorted(options[1:], key=lambda option: option.step_s)]
     choice, reason = _choose(ordered, machine)
     return Plan(name, config, machine, predictor.classes, ordered, choice, reason)
 
@@ -121,9 +120,7 @@ def own(config: Run, machine: Machine, overhead: Overhead) -> Option:
     size = config.data.batch_size // machine.gpus // passes
     predictor = Predictor(config, capability=machine.gpu.capability)
     predicted = predictor.predict(size, min(passes, 2))
-    job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
-    share = config.engine.share(predicted.footprint, job)
-    estimated = overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
+    share, estimated = _share(machine, overhead, config.engine, predictor, predicted.footprint, passes)
     seconds = _seconds(config, machine, predicted.flops / predicted.micro_batches * passes, share, passes)
     return Option(config.engine, config.remat, size, passes, share, estimated, seconds, size)
 
@@ -171,10 +168,7 @@ def _options(
     images = config.data.batch_size // machine.gpus
 
     def needed(micro: int) -> tuple[Share, dict[str, int]]:
-        passes = max(images // micro, 1)
-        job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
-        share = engine.share(line.at(micro), job)
-        return share, overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
+        return _share(machine, overhead, engine, predictor, line.at(micro), max(images // micro, 1))
 
     def bytes_of(micro: int) -> int:
         share, estimated = needed(micro)
@@ -191,6 +185,15 @@ def _options(
         return [option(size)]
     own = engine is config.engine and remat is config.remat
     return [*([option(size)] if own else []), option(smaller[-1] if smaller else 1)]
+
+
+def _share(
+    machine: Machine, overhead: Overhead, engine: EngineSection, predictor: Predictor, whole: Footprint, passes: int
+) -> tuple[Share, dict[str, int]]:
+    """A rank's share, and what is estimated beside it."""
+    job = Job(predictor.weights, predictor.blocks, machine.gpus, machine.per_node, passes, "cuda")
+    share = engine.share(whole, job)
+    return share, overhead.parts(share.footprint.peak_bytes, machine.gpus > 1)
 
 
 def _largest(needed: Callable[[int], int], room: int, size: int) -> int:
@@ -227,14 +230,11 @@ def _seconds(config: Run, machine: Machine, flops: float, share: Share, micro_ba
     return max(compute, wire) + 2 * micro_batches * share.host_bytes / (PCIE4 * 1e9)
 
 
-def _engines(config: Run, machine: Machine) -> list[EngineSection]:
-    """The configuration's own, then the variants of every engine that can do this work."""
+def engines(config: Run, gpus: int, nodes: int) -> list[EngineSection]:
+    """The variants of every engine that can do this work."""
     plugin = Plugin("engines")
-    found: list[EngineSection] = [config.engine]
-    for name in plugin.names():
-        kind: Any = plugin.find(name)
-        found += [v for v in kind.variants(machine.gpus, machine.nodes) if v != config.engine]
-    return [engine for engine in found if engine is config.engine or _can(engine, config)]
+    kinds: list[Any] = [plugin.find(name) for name in plugin.names()]
+    return [variant for kind in kinds for variant in kind.variants(gpus, nodes) if _can(variant, config)]
 
 
 def _can(engine: EngineSection, config: Run) -> bool:
@@ -300,9 +300,7 @@ def delta(plan: Plan) -> dict[str, Any]:
         found["engine"] = choice.engine.model_dump(exclude_defaults=True) | {"name": choice.engine.name}
     if choice.remat != config.remat:
         found["remat"] = {"policy": choice.remat.policy}
-    if choice.micro_batch_size != config.data.batch_size // plan.machine.gpus // config.data.accumulation(
-        plan.machine.gpus
-    ):
+    if choice.micro_batch_size != plan.own.micro_batch_size:
         found["data"] = {"micro_batch_size": choice.micro_batch_size}
     return found
 

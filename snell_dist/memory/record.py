@@ -115,7 +115,7 @@ class Ledger(TorchDispatchMode):
         for handle in (
             module_hooks.register_module_forward_pre_hook(self._before_forward),
             module_hooks.register_module_forward_hook(self._after_forward, always_call=True),
-            *(p.register_post_accumulate_grad_hook(self._accumulated(_owner(name))) for name, p in trained),
+            *(p.register_post_accumulate_grad_hook(self._accumulated(owner(name))) for name, p in trained),
         ):
             self._closing.callback(handle.remove)
 
@@ -299,7 +299,7 @@ def recording(
         ledger.close()
 
 
-def _owner(parameter: str) -> str:
+def owner(parameter: str) -> str:
     """The name of a parameter's module."""
     return parameter.rpartition(".")[0]
 

@@ -20,8 +20,8 @@ from snell_dist.anatomy import Backbone
 from snell_dist.data import Batch, Splits
 from snell_dist.engines import Engine, EngineSection, Work
 from snell_dist.footprint import OUTSIDE, Category, Phase, Weight
-from snell_dist.memory.record import Ledger, recording
-from snell_dist.memory.timeline import Reading
+from snell_dist.memory.record import Ledger, owner, recording
+from snell_dist.memory.timeline import Reading, block_of
 from snell_dist.run_config import Run
 from snell_dist.start import Start
 from snell_dist.tasks import Task
@@ -180,9 +180,9 @@ def own(ledger: Ledger, rehearsal: Rehearsal) -> None:
     model = rehearsal.backbone.model
     for category, trains in ((Category.FROZEN, False), (Category.TRAINABLE, True)):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad == trains]
-        ledger.own([(_owner(n), _part(p)) for n, p in named], category)
-        ledger.own([(_owner(n), p) for n, p in named if _part(p) is not p and not _sharded(p)], Category.GATHERED)
-    ledger.own([(_owner(n), b) for n, b in model.named_buffers()], Category.BUFFERS)
+        ledger.own([(owner(n), _part(p)) for n, p in named], category)
+        ledger.own([(owner(n), p) for n, p in named if _part(p) is not p and not _sharded(p)], Category.GATHERED)
+    ledger.own([(owner(n), b) for n, b in model.named_buffers()], Category.BUFFERS)
     ledger.own(_state(rehearsal.engine), Category.OPTIMIZER)
 
 
@@ -191,24 +191,18 @@ def weights_of(backbone: Backbone, trainable: Sequence[str]) -> list[Weight]:
     trains, addresses = set(trainable), {name: address for address, name in backbone.blocks.items()}
     found = []
     for name, parameter in backbone.model.named_parameters():
-        block = next((a for n, a in addresses.items() if name.startswith(f"{n}.")), name.partition(".")[0])
-        found.append(Weight(name, block, tuple(parameter.shape), parameter.nbytes, name in trains))
+        found.append(Weight(name, block_of(name, addresses), tuple(parameter.shape), parameter.nbytes, name in trains))
     return found
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(_owner(n), _part(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
+    return [(owner(n), _part(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
 
 
 def _state(engine: Engine) -> list[tuple[str, Tensor]]:
     """The optimizer's tensors, which are among those that an engine holds and no parameter or buffer."""
     kept = {_storage(_part(t)) for t in (*engine.model.parameters(), *engine.model.buffers())}
-    return [(_owner(name), tensor) for name, tensor in engine.held() if _storage(tensor) not in kept]
-
-
-def _owner(parameter: str) -> str:
-    """The name of a parameter's module."""
-    return parameter.rpartition(".")[0]
+    return [(owner(name), tensor) for name, tensor in engine.held() if _storage(tensor) not in kept]
 
 
 def _sharded(tensor: Tensor) -> bool:
