@@ -33,7 +33,7 @@ FLOORS = [
     ["__main__"],
 ]
 # folders whose files are parts of one thing
-WHOLES = "benchmarks", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
+WHOLES = "benchmarks", "cli", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
