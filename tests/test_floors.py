@@ -10,7 +10,7 @@ FLOORS = [
     ["exits"],
     ["config"],
     ["files", "limits", "network", "standing"],
-    ["dist"],
+    ["dist", "tensor_files"],
     ["heartbeat", "log", "meeting"],
     ["hang", "observers"],
     ["anatomy", "ops", "packed", "weights"],

@@ -6,7 +6,7 @@ backward over the micro-batches of one optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from snell_dist.anatomy import Backbone
@@ -46,7 +46,7 @@ class TaskSection(Section):
 
     name: str
 
-    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
+    def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
         """The model as the task needs it. ConfigError where the family cannot do it."""
         raise NotImplementedError
 

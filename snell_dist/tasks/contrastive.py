@@ -36,7 +36,7 @@ LARGEST_SCALE = math.log(100)  # CLIP's bound on the logarithm of its scale
 class Contrastive(TaskSection):
     name: Literal["contrastive"]
 
-    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
+    def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
         return backbone.towers()
 
     def prepare(self, backbone: Backbone, splits: Splits) -> Contrast:
