@@ -3,7 +3,7 @@
     ABOUT                      in a few words, for `snell export --help`
     check(run)                 UserError where the format cannot hold this run, saying which can
     write(run, folder, dtype)  the library's own files, and nothing else
-    reload(run, folder)        what the library makes of the files, as a `Served`; on the run's base, where they need one
+    reload(run, folder)        what the library makes of the files, as a `Served`; on the base, where they need one
 
 and, where the files are a whole model,
 
