@@ -20,10 +20,10 @@ import hashlib
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -230,7 +230,7 @@ class SnellLayer(BaseTunerLayer):
             if adapter_name in factors and not factors[adapter_name].is_meta:
                 factors[adapter_name].data = factors[adapter_name].data.to(device or self.home.device)
 
-    def _in_force(self, factors: Mapping[str, Any]) -> list[str]:
+    def _in_force(self, factors: Container[str]) -> list[str]:
         """Adapters of this layer that the forward pass adds."""
         if self.disable_adapters or self.merged:
             return []
@@ -361,9 +361,9 @@ class SnellParameter(nn.Module, SnellLayer):
 
     @property
     def home(self) -> Tensor:
-        return self._place[0].original  # type: ignore[return-value]
+        return self._place[0].original
 
-    weight = bias = property()  # type: ignore[assignment]  # PEFT looks for a base layer's; there is none
+    weight = bias = property()  # PEFT looks for a base layer's; there is none
 
     def update_layer(self, adapter_name: str, config: SnellConfig) -> None:
         """Adds an adapter, which starts at the base's value."""
@@ -393,7 +393,7 @@ class SnellModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SnellLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping = dict[str, list[str]]()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
@@ -459,7 +459,7 @@ class SnellModel(BaseTuner):
 
     def _create_and_replace(
         self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **rest: Any,
+        current_key: str, parameter_name: str | None = None, **rest: Any,
     ) -> None:  # fmt: skip
         assert isinstance(peft_config, SnellConfig)
         layer = target if isinstance(target, SnellLinear) else SnellLinear(target, adapter_name)
@@ -557,8 +557,8 @@ def parametrizations(module: nn.Module) -> list[tuple[str, SnellParameter]]:
     """The module's own parameters that adapters have values of."""
     if not parametrize.is_parametrized(module):
         return []
-    places = module.parametrizations.items()  # type: ignore[operator, union-attr]
-    return [(name, layer) for name, place in places for layer in place if isinstance(layer, SnellParameter)]
+    places = module.get_submodule("parametrizations").named_children()
+    return [(name, layer) for name, place in places for layer in place.children() if isinstance(layer, SnellParameter)]
 
 
 def parametrized(module: nn.Module, name: str, adapter_name: str) -> SnellParameter:
