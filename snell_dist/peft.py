@@ -46,7 +46,7 @@ try:
         _maybe_include_all_linear_layers,
         check_adapters_to_merge,
     )
-    from peft.utils import AuxiliaryTrainingWrapper
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
     from peft.utils.other import get_pattern_key
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -374,7 +374,7 @@ class SnellParameter(nn.Module, SnellLayer):
     def forward(self, original: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = self.merged_adapters or self._in_force(self.snell_value)
+        adapters = self.merged_adapters or self._in_force(list(self.snell_value.keys()))
         values: list[Tensor] = [self.snell_value[adapter] for adapter in adapters]
         if not values:
             return original
@@ -393,7 +393,7 @@ class SnellModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = SnellLayer
-    target_module_mapping = dict[str, list[str]]()
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
