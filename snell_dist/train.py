@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from snell_dist import adapter, dist, heartbeat, log, mistakes, optim, results, run_folder
+from snell_dist import adapter, dist, heartbeat, log, mistakes, optim, results, run_folder, tensor_files
 from snell_dist.build import Built
 from snell_dist.checkpoint import Checkpoints, Meta, newest
 from snell_dist.config import UserError
@@ -202,7 +202,7 @@ def _finish(config: Run, folder: Path, built: Built, test: Measured, summary: di
     if dist.rank() == 0:
         adapter.save(folder / adapter.ADAPTER, weights, belongs_to(config, built))
         said = {"label": test.label, "predicted": test.predicted, "confidence": test.confidence}
-        adapter.write_tensors(folder / "test_predictions.safetensors", said, {})
+        tensor_files.write_tensors(folder / "test_predictions.safetensors", said, {})
         mistakes.save(folder, built.splits.test, test, built.splits.classes)
         run_folder.write_summary(folder, summary)
     dist.barrier()

@@ -10,7 +10,7 @@ FLOORS = [
     ["exits"],
     ["config"],
     ["files", "limits", "network", "standing"],
-    ["dist"],
+    ["dist", "tensor_files"],
     ["heartbeat", "log", "meeting"],
     ["hang", "observers"],
     ["anatomy", "ops", "packed", "weights"],
@@ -25,7 +25,8 @@ FLOORS = [
     ["build", "preflight"],
     ["memory"],
     ["audit", "describe"],
-    ["results", "selection"],
+    ["finished", "results", "selection"],
+    ["formats"],
     ["train"],
     ["doctor", "job", "report", "status"],
     ["benchmarks", "launch"],
@@ -33,7 +34,7 @@ FLOORS = [
     ["__main__"],
 ]
 # folders whose files are parts of one thing
-WHOLES = "benchmarks", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
+WHOLES = "benchmarks", "cli", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

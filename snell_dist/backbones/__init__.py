@@ -80,11 +80,18 @@ class BackboneSection(Section):
             return
         from snell_dist import weights
 
-        found = weights.read(self.weights) if weights.is_source(self.weights) else self.tagged(self.weights)
-        found = replace(found, state={self.own_name(name): tensor for name, tensor in found.state.items()})
         keep = self.head == "file"
-        report = weights.fit(backbone.model, found, head=backbone.head, keep_head=keep, least=self.min_match)
+        report = weights.fit(
+            backbone.model, self.published(self.weights), head=backbone.head, keep_head=keep, least=self.min_match
+        )
         log.info(str(report))
+
+    def published(self, source: str) -> Published:
+        """The weights that `weights` may name, under our names. UserError where they cannot be had."""
+        from snell_dist import weights
+
+        found = weights.read(source) if weights.is_source(source) else self.tagged(source)
+        return replace(found, state={self.own_name(name): tensor for name, tensor in found.state.items()})
 
 
 def section(name: str, **options: Any) -> BackboneSection:
