@@ -66,11 +66,8 @@ def fitting(source: str, tensors: Mapping[str, Tensor], mine: Iterable[tuple[str
     """The tensors, which are all that a model has to be filled, in its shapes. UserError where they are not."""
     shapes = {name: tensor.shape for name, tensor in mine}
     for name in shapes.keys() ^ tensors.keys():
-        where = (
-            "which this configuration's model trains" if name in shapes else "which this configuration does not train"
-        )
-        missing = "lacks" if name in shapes else "has"
-        raise UserError(f"{source}: {missing} {name}, {where}: are backbone and method.also_train as they were there?")
+        said = f"lacks {name}, which trains here" if name in shapes else f"has {name}, which does not train here"
+        raise UserError(f"{source}: {said}: are backbone and method.also_train as they were there?")
     for name, tensor in tensors.items():
         if shapes[name] != tensor.shape:
             fits = f"{list(tensor.shape)} does not fit this model's {list(shapes[name])}"

@@ -62,7 +62,7 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
 def adopt(
     loaded: Loaded[Run], to: Path, out: Path, source: str, trained: Callable[[Built], Mapping[str, Tensor]]
 ) -> Outcome:
-    """A complete run folder at `to`, of tensors that were trained elsewhere, on the base and the data of a configuration.
+    """A complete run folder at `to`, of what was trained elsewhere, on a configuration's base and data.
 
     trained: what trains in the built model, and its method remembers, by name. UserError as `run` raises, and where
     the tensors are not those.
