@@ -125,10 +125,6 @@ class Folded(Mapping[str, Tensor]):
         self._stored = _stored(run, empty)
         self._model = empty.model
 
-    def shapes_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """`shapes`, floating point in another dtype."""
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.shapes.items()}
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -158,6 +154,11 @@ class Folded(Mapping[str, Tensor]):
         if packing:
             layer.pack(packing)
         return layer.merged().weight
+
+
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those of floating point in another dtype."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def check(run: Finished) -> None:
 def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     from timm.models._hub import save_config_for_hf
 
-    from snell_dist.finished import Folded
+    from snell_dist.finished import Folded, in_dtype
     from snell_dist.tensor_files import stream_tensors
 
     weights = Folded(run)
@@ -39,7 +39,7 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
         model_config={"label_names": run.classes},
         data_config=_data_config(run.preprocessing),
     )
-    stream_tensors(folder / WEIGHTS, weights.shapes_in(dtype), weights)
+    stream_tensors(folder / WEIGHTS, in_dtype(weights.shapes, dtype), weights)
 
 
 def _data_config(said: Preprocessing) -> dict[str, Any]:

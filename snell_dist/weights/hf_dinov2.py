@@ -27,7 +27,7 @@ RULES = (
     *HUGGING_FACE_BLOCK,
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.fc2."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
@@ -50,7 +50,7 @@ def matches(state: State) -> bool:
 
 
 def convert(state: State) -> State:
-    return _of_class_token(fold_class_position(fuse_qkv(rename(state, *RULES))))
+    return _of_class_token(fold_class_position(_fuse_gate(fuse_qkv(rename(state, *RULES)))))
 
 
 def publish(name: str, tensor: Tensor, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
@@ -75,6 +75,16 @@ def publish(name: str, tensor: Tensor, shapes: Shapes) -> Iterator[tuple[str, Te
 def is_gated(shapes: Shapes) -> bool:
     """Whether fc1 has the gate's rows and the values', so twice what fc2 takes."""
     return shapes["blocks.0.mlp.fc1.weight"].shape[0] == 2 * shapes["blocks.0.mlp.fc2.weight"].shape[1]
+
+
+def _fuse_gate(state: State) -> State:
+    """Later versions keep the gate's rows and the values' apart."""
+    fused = {
+        name.replace(".gate_proj.", ".fc1."): torch.cat([tensor, state[name.replace(".gate_proj.", ".up_proj.")]])
+        for name, tensor in state.items()
+        if ".gate_proj." in name
+    }
+    return {name: t for name, t in state.items() if ".gate_proj." not in name and ".up_proj." not in name} | fused
 
 
 def _of_class_token(state: State) -> State:
