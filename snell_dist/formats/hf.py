@@ -25,13 +25,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def check(run: Finished) -> None:
-    _counterpart(run)
-
-
-def _counterpart(run: Finished) -> _transformers.Counterpart:
-    if run.config.backbone.name == "clip" and run.config.task.name == "classify":
-        raise UserError(f"--format hf: {run.folder}: CLIPForImageClassification averages patches: choose timm or onnx")
-    return _transformers.counterpart(run.empty(), run.config.backbone, run.classes)
+    _transformers.of(run)
 
 
 def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
@@ -39,7 +33,7 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     from snell_dist.formats._renamed import Renamed
     from snell_dist.tensor_files import stream_tensors
 
-    theirs, backbone = _counterpart(run), run.empty()
+    theirs, backbone = _transformers.of(run), run.empty()
     if backbone.tokenize is not None:
         _zero_shot.write(folder, ZeroShot(run.classes, backbone.templates))
         _write_tokenizer(folder, backbone.tokenized([""]).shape[1])
@@ -107,7 +101,9 @@ def load(folder: Path) -> Served:
         classes = [said.id2label[i] for i in range(said.num_labels)]
         logits = lambda images: model(pixel_values=images).logits  # noqa: E731
     else:
-        classes, logits = told.classes, _zero_shot_logits(folder, model, told)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(told.captions(), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        classes, logits = told.classes, _transformers.zero_shot_logits(model, told, tokens)
     channels = getattr(said, "vision_config", said).num_channels
     size = processor.crop_size
     return Served(
@@ -119,19 +115,3 @@ def load(folder: Path) -> Served:
         image_shape=(channels, size["height"], size["width"]),
         about=f"transformers {name}",
     )  # fmt: skip
-
-
-def _zero_shot_logits(folder: Path, model: Any, told: ZeroShot) -> Any:
-    from torch.nn.functional import normalize
-
-    tokenizer = _transformers.library().AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer(told.captions(), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-
-    def images(pictures: torch.Tensor) -> torch.Tensor:
-        pooled = model.vision_model(pixel_values=pictures).pooler_output
-        return normalize(model.visual_projection(pooled), dim=-1)
-
-    def texts(tokens: torch.Tensor) -> torch.Tensor:
-        return normalize(model.text_projection(model.text_model(input_ids=tokens).pooler_output), dim=-1)
-
-    return told.logits(images, texts, tokens, model.logit_scale.exp())
