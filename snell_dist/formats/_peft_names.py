@@ -122,7 +122,7 @@ def _snell(layers: dict[str, AdaptedLinear], tensors: Mapping[str, Tensor]) -> t
     config = SnellConfig(
         rank=rank, sparsity=usual, kernel=first.kernel, sparsify=getattr(first, "sparsify", "dense"),
         dropout=max(method.dropout for method in methods), target_modules=sorted(layers),
-        rank_pattern=_patterns({name: layer.method.rank for name, layer in layers.items()}, rank),
+        rank_pattern=_patterns({name: method.rank for name, method in zip(layers, methods, strict=True)}, rank),
         sparsity_pattern=_patterns(sparsities, usual),
         adapted_groups=_patterns(
             {name: None if layer.whole else list(layer.adapted) for name, layer in layers.items()}, None
@@ -165,7 +165,7 @@ def _lora(layers: dict[str, AdaptedLinear], tensors: Mapping[str, Tensor]) -> tu
         r=first.rank, lora_alpha=usual,  # type: ignore[arg-type]
         target_modules=sorted(layers), lora_dropout=max(method.dropout for method in methods), use_dora=first.dora,
         use_rslora=first.scaling == "rslora", rank_pattern=_patterns(ranks, first.rank),
-        alpha_pattern=_patterns(alphas, usual),  # type: ignore[arg-type]
+        alpha_pattern=_patterns(alphas, usual),
     )  # fmt: skip
     return config, state
 
