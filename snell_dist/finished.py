@@ -7,11 +7,11 @@ nothing of the base is held: each weight is read when it is asked for, its delta
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from snell_dist.data import Preprocessing
 from snell_dist.packed import Kind, PackedLinear, plain
 from snell_dist.run_config import Run
 from snell_dist.tensor_files import read_metadata, read_tensors
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Finished:
     @property
     def classes(self) -> list[str]:
         return self.summary["classes"]
+
+    @cached_property
+    def prepare(self) -> Callable[[Image.Image], Tensor]:
+        """From a picture to what the model takes [C, H, W]."""
+        from snell_dist.data import _transforms
+
+        transform, mode = _transforms.plain(self.preprocessing), "L" if self.preprocessing.channels == 1 else "RGB"
+        return lambda picture: transform(picture.convert(mode))
 
     @property
     def base_sha256(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from snell_dist import weights
 from snell_dist.anatomy import Backbone
 from snell_dist.backbones import BackboneSection
 from snell_dist.config import UserError
+from snell_dist.finished import Finished
+from snell_dist.formats._zero_shot import ZeroShot
 
 OTHERS = "choose timm or onnx"
 
@@ -40,8 +42,15 @@ class Counterpart:
         return self.layout.publish(name, tensor, self.shapes)
 
 
+def of(run: Finished) -> Counterpart:
+    """Of a run's model. UserError where Transformers has none."""
+    if run.config.backbone.name == "clip" and run.config.task.name == "classify":
+        raise UserError(f"--format hf: {run.folder}: CLIPForImageClassification averages patches: choose timm or onnx")
+    return counterpart(run.empty(), run.config.backbone, run.classes)
+
+
 def counterpart(backbone: Backbone, section: BackboneSection, classes: Sequence[str]) -> Counterpart:
-    """With the classes' names, where it classifies. UserError where Transformers has none. The model may be on the meta device."""
+    """With the names of the classes; the model may be on the meta device. UserError where there is none."""
     model: Any = backbone.model
     find = FAMILIES.get(type(model).__name__)
     if find is None:
@@ -169,3 +178,17 @@ FAMILIES = {
     "ConvNeXt": _convnext,
     "CLIP": _clip,
 }
+
+
+def zero_shot_logits(model: Any, told: ZeroShot, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    """From images to logits, of a CLIPModel; tokens: of the captions."""
+    from torch.nn.functional import normalize
+
+    def images(pictures: Tensor) -> Tensor:
+        pooled = model.vision_model(pixel_values=pictures).pooler_output
+        return normalize(model.visual_projection(pooled), dim=-1)
+
+    def texts(tokens: Tensor) -> Tensor:
+        return normalize(model.text_projection(model.text_model(input_ids=tokens).pooler_output), dim=-1)
+
+    return told.logits(images, texts, tokens, model.logit_scale.exp())
