@@ -27,7 +27,7 @@ FLOORS = [
     ["audit", "describe"],
     ["finished", "results", "selection"],
     ["formats"],
-    ["train"],
+    ["predict", "train"],
     ["doctor", "job", "report", "status"],
     ["benchmarks", "launch"],
     ["cli"],
