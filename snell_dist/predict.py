@@ -52,8 +52,8 @@ class Predictor:
         """The names of the classes, in the order of the model's logits."""
         return self.served.classes
 
-    @overload
-    def predict(self, pictures: Picture, top: int = 5) -> list[Guess]: ...
+    @overload  # a name is a sequence of characters, too, and yet one picture
+    def predict(self, pictures: Picture, top: int = 5) -> list[Guess]: ...  # type: ignore[overload-overlap]
 
     @overload
     def predict(self, pictures: Sequence[Picture], top: int = 5) -> list[list[Guess]]: ...
