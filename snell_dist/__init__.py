@@ -11,13 +11,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from snell_dist.delta import Applied, Resident, apply_delta
     from snell_dist.methods import adapt, merge
     from snell_dist.predict import Guess, Predictor, load
 
 __version__ = version("snell_dist")
-__all__ = ["Guess", "Predictor", "__version__", "adapt", "load", "merge"]
+__all__ = ["Applied", "Guess", "Predictor", "Resident", "__version__", "adapt", "apply_delta", "load", "merge"]
 
-_HOMES = {"adapt": "methods", "merge": "methods", "load": "predict", "Guess": "predict", "Predictor": "predict"}
+_HOMES = {
+    "adapt": "methods", "merge": "methods", "load": "predict", "Guess": "predict", "Predictor": "predict",
+    "Applied": "delta", "Resident": "delta", "apply_delta": "delta",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
