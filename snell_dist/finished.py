@@ -7,11 +7,11 @@ nothing of the base is held: each weight is read when it is asked for, its delta
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,10 @@ from snell_dist import adapter, dist, methods, precision, run_folder, weights
 from snell_dist.adapted import AdaptedLinear
 from snell_dist.anatomy import Backbone, fingerprint, fingerprint_of
 from snell_dist.config import UserError, load
-from snell_dist.data import Preprocessing
+from snell_dist.data import Prepare, Preprocessing
 from snell_dist.packed import Kind, PackedLinear, plain
 from snell_dist.run_config import Run
 from snell_dist.tensor_files import read_metadata, read_tensors
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,11 @@ class Finished:
     def classes(self) -> list[str]:
         return self.summary["classes"]
 
-    @cached_property
-    def prepare(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture to what the model takes [C, H, W]."""
+    @property
+    def prepare(self) -> Prepare:
         from snell_dist.data import _transforms
 
-        transform, mode = _transforms.plain(self.preprocessing), "L" if self.preprocessing.channels == 1 else "RGB"
-        return lambda picture: transform(picture.convert(mode))
+        return Prepare(self.preprocessing.channels, _transforms.plain(self.preprocessing))
 
     @property
     def base_sha256(self) -> str:
@@ -169,9 +164,18 @@ class Folded(Mapping[str, Tensor]):
             return self._merged(path, module, tensor, packing)
         return PackedLinear(plain(tensor, None), packing).merged().weight if packing else tensor
 
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """The names of the adapted weights, and what is added to each of them, whole [out, in].
+
+        Where the base is kept in float32, `self[name]` is the base's weight plus this, to the bit.
+        """
+        for path, layer in methods.adapted_layers(self._model):
+            yield f"{path}.weight", self._merged(path, layer, torch.zeros(layer.weight.shape), None)
+
     def _merged(self, path: str, empty: AdaptedLinear, weight: Tensor, packing: Kind | None) -> Tensor:
         layer = copy.deepcopy(empty)
-        layer.bias = None
+        layer.bias = None  # type: ignore[assignment]
         own = {name: self._run.tensors[f"{path}.{name}"] for name in (*empty.factor_names, *empty.buffer_names)}
         layer.load_state_dict({"weight": weight, **own}, assign=True)
         if packing:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snell_dist import finished, log
 from snell_dist.config import UserError, nearest
@@ -42,13 +42,24 @@ PROVEN_ON = 4  # images
 
 @dataclass(frozen=True)
 class Served:
-    """A model that says what is on a picture, whoever's file it came from."""
+    """A model that says what is on a picture, whoever's file it came from.
+
+    `model`: the module that `logits` calls, to be moved to another device; None: it stays on the CPU.
+    """
 
     logits: Callable[[Tensor], Tensor]  # images [B, C, H, W] to [B, classes]
     prepare: Callable[[Image.Image], Tensor]  # a picture to [C, H, W]
     classes: list[str]
     image_shape: tuple[int, int, int]
     about: str
+    model: nn.Module | None = None
+
+    def to(self, device: torch.device) -> torch.device:
+        """Moves the model there, if it can be moved. Returns where it is."""
+        if self.model is None:
+            return torch.device("cpu")
+        self.model.to(device)
+        return device
 
 
 @dataclass(frozen=True)
@@ -135,4 +146,5 @@ def serve_run(run: Finished) -> Served:
         classes=run.classes,
         image_shape=backbone.image_shape,
         about=f"run {run.folder}",
+        model=backbone.model,
     )
