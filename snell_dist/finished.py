@@ -7,11 +7,11 @@ nothing of the base is held: each weight is read when it is asked for, its delta
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,13 @@ from snell_dist import adapter, dist, methods, precision, run_folder, weights
 from snell_dist.adapted import AdaptedLinear
 from snell_dist.anatomy import Backbone, fingerprint, fingerprint_of
 from snell_dist.config import UserError, load
-from snell_dist.data import Prepare, Preprocessing
+from snell_dist.data import Preprocessing
 from snell_dist.packed import Kind, PackedLinear, plain
 from snell_dist.run_config import Run
 from snell_dist.tensor_files import read_metadata, read_tensors
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Finished:
         return self.summary["classes"]
 
     @property
-    def prepare(self) -> Prepare:
+    def prepare(self) -> Callable[[Image.Image], Tensor]:
+        """From a picture to what the model takes [C, H, W]."""
         from snell_dist.data import _transforms
 
-        return Prepare(self.preprocessing.channels, _transforms.plain(self.preprocessing))
+        return _transforms.Prepare(self.preprocessing.channels, _transforms.plain(self.preprocessing))
 
     @property
     def base_sha256(self) -> str:

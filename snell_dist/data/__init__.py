@@ -69,17 +69,6 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """A picture, in the colours that the model takes, to [C, H, W]. Other processes may do it, too."""
-
-    channels: int
-    transform: Callable[[Image.Image], Tensor]
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.transform(picture.convert("L" if self.channels == 1 else "RGB"))
-
-
-@dataclass(frozen=True)
 class Transforms:
     """From a picture to what the model takes [C, H, W]; and in words: resize, normalisation, augmentation."""
 

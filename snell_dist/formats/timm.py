@@ -116,7 +116,7 @@ def load(folder: Path) -> Served:
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    from snell_dist.data import Prepare
+    from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
