@@ -4,6 +4,7 @@ Oracles: the formulas in float64 (tests/ops/naive.py), the harness's own layers 
 same calls, and the libraries' own loaders.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -429,6 +430,17 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     assert torch.equal(model.base_model.model.blocks[0].mlp.fc1.base_layer.weight, weight)
     assert torch.equal(model(IMAGES), both)
     assert relative(model.merge_and_unload()(IMAGES), both) < 1e-6
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = moved(get_peft_model(made(timm_vit), config(parameters_to_save=["cls_token", "*.fc1.bias"])))
+    after, copied = model(IMAGES), copy.deepcopy(model)
+    moved(model)
+    assert torch.equal(copied(IMAGES), after)
+    copied.merge_adapter()
+    copied.unmerge_adapter()
+    assert torch.equal(copied(IMAGES), after)
+    assert relative(copied.merge_and_unload()(IMAGES), after) < 1e-6
 
 
 def test_a_seed_draws_the_same_factors() -> None:
