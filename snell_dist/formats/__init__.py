@@ -114,14 +114,10 @@ def serve(path: Path) -> Served:
 
 
 def serve_run(run: Finished) -> Served:
-    from snell_dist.data import _transforms
-
     backbone = run.backbone()
-    channels = run.preprocessing.channels
-    to_tensor = _transforms.plain(run.preprocessing)
     return Served(
         logits=run.config.task.logits(backbone, run.classes),
-        prepare=lambda picture: to_tensor(picture.convert("L" if channels == 1 else "RGB")),
+        prepare=run.prepare,
         classes=run.classes,
         image_shape=backbone.image_shape,
         about=f"run {run.folder}",
