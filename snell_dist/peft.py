@@ -494,6 +494,15 @@ class SnellModel(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks before each forward pass."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SNELL adapters cannot be mixed in one batch; leave `adapter_names` out, and set_adapter()."
+            )
+        yield
+
     def __getattr__(self, name: str) -> Any:
         """PEFT's, which passes on to the model; not how a parametrized one is copied, or a copy would be that alone."""
         if name.startswith("__"):

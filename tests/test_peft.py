@@ -83,7 +83,7 @@ MODELS: dict[Callable[[], nn.Module], tuple[Run, dict[str, Any]]] = {
     dinov2: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"], "parameters_to_save": ["*.norm1.bias"]}),
     swin: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"]}),
     clip: (lambda m: m(pixel_values=IMAGES, input_ids=TOKENS).logits_per_image, {}),
-    llama: (lambda m: m(input_ids=TOKENS).logits, {}),
+    llama: (lambda m: m(input_ids=TOKENS).logits, {"task_type": "CAUSAL_LM"}),
     gpt2: (lambda m: m(input_ids=TOKENS).logits, {"parameters_to_save": ["*.c_attn.bias"]}),
     timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "pos_embed"]}),
 }
@@ -423,6 +423,8 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     model.base_model.set_adapter(["default", "other"])
     both = moved(model)(IMAGES)
     weight = model.base_model.model.blocks[0].mlp.fc1.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="SNELL adapters cannot be mixed in one batch"):
+        model(IMAGES, adapter_names=["default", "other"])
     model.merge_adapter(["other"])
     model.merge_adapter(["default"])
     assert relative(model(IMAGES), both) < 1e-6
