@@ -8,7 +8,7 @@ the same micro-batch on the same process, by timm; so a micro-batch of one image
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,9 @@ class Classify(TaskSection):
 
     def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
         return backbone.build(classes)
+
+    def logits(self, backbone: Backbone, classes: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        return backbone.model
 
     def prepare(self, backbone: Backbone, splits: Splits) -> Classification:
         classes = len(splits.classes)

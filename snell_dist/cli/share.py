@@ -1,0 +1,41 @@
+"""What a run leaves for others: merged, exported, proven."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from snell_dist.cli._common import Commands
+from snell_dist.exits import Exit
+
+
+def add(commands: Commands) -> None:
+    merged = commands.add_parser(
+        "merge",
+        help="a finished run as plain weights in the files of its model's own library",
+        description="Folds a finished run's delta into its base, and writes timm's or open_clip's own files.",
+    )
+    exported = commands.add_parser(
+        "export",
+        help="a finished run in the files of timm, open_clip, transformers, PEFT, ONNX; or its sparse delta alone",
+        description="Writes a finished run in another library's format, and compares what that library makes of it.",
+    )
+    exported.add_argument("--format", required=True, metavar="FORMAT", help="timm, open_clip, hf, onnx, peft or delta")
+    for verb in (merged, exported):
+        verb.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
+        verb.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+        verb.add_argument(
+            "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32"
+        )
+        verb.set_defaults(command=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from snell_dist import formats, log
+
+    log.set_up()
+    name = args.format if "format" in args else formats.own(args.run)
+    made = formats.export(args.run, name, args.to, args.dtype)
+    proven = "" if made.error is None else f"; reloaded, its logits differ by {made.error:.1e}, relative"
+    print(f"{made.folder}: {name}, {made.bytes / 2**20:.1f} MiB{proven}")
+    return Exit.DONE

@@ -1,0 +1,124 @@
+"""Formats: what other libraries open. One file a format, found by its name; a file declares
+
+    ABOUT                      in a few words, for `snell export --help`
+    check(run)                 UserError where the format cannot hold this run, saying which can
+    write(run, folder, dtype)  the library's own files, and nothing else
+    holds(folder)              whether a folder is of this format
+    load(folder)               the library's own reader, as a `Served`; None in place of it where nothing runs it
+
+`export` writes one and proves it: what the library makes of the files against the run itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from snell_dist import finished, log
+from snell_dist.config import UserError, nearest
+from snell_dist.files import new_folder
+from snell_dist.finished import Finished
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NAMES = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Relative error of the logits that a sound export may have: rounding of a whole model's forward, by dtype.
+LIMITS = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+PROVEN_ON = 4  # images
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that says what is on a picture, whoever's file it came from."""
+
+    logits: Callable[[Tensor], Tensor]  # images [B, C, H, W] to [B, classes]
+    prepare: Callable[[Image.Image], Tensor]  # a picture to [C, H, W]
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    about: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    bytes: int
+    error: float | None  # relative, of the logits of the reloaded model; None where nothing was reloaded
+
+
+def find(name: str) -> Any:
+    """The format of this name. UserError with those that exist."""
+    if name not in NAMES:
+        raise UserError(f"--format {name}: no such format{nearest(name, NAMES)} (there are {', '.join(NAMES)})")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def own(folder: Path) -> str:
+    """The format of the library that a run's model is of."""
+    family = finished.read(folder).config.backbone.name
+    return "open_clip" if family == "clip" else "timm"
+
+
+def export(folder: Path, name: str, to: Path, dtype: str = "float32") -> Exported:
+    """Writes a finished run into a new folder in the format, once it has proven itself.
+
+    UserError where the run is not complete, the format cannot hold it, `to` exists, or the proof fails.
+    """
+    format = find(name)
+    if to.exists():
+        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
+    run = finished.read(folder)
+    format.check(run)
+    with new_folder(to) as place:
+        format.write(run, place, DTYPES[dtype])
+        error = None if format.load is None else prove(run, format.load(place), LIMITS[dtype])
+    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
+    return Exported(to, size, error)
+
+
+@torch.no_grad()
+def prove(run: Finished, theirs: Served, limit: float) -> float:
+    """The relative error |theirs - ours| / |ours| of logits on made-up images. UserError where it exceeds `limit`."""
+    images = torch.randn(PROVEN_ON, *theirs.image_shape, generator=torch.Generator().manual_seed(0))
+    found = theirs.logits(images).double()
+    ours = serve_run(run).logits(images).double()
+    error = ((found - ours).norm() / ours.norm()).item()
+    if not error <= limit:
+        raise UserError(f"{run.folder}: reloaded, its logits differ by {error:.1e}, more than {limit:.0e}; not kept")
+    log.info(f"reloaded: logits differ by {error:.1e}, relative, on {PROVEN_ON} images")
+    return error
+
+
+def serve(path: Path) -> Served:
+    """A run folder, or a folder in any of the formats. UserError where it is neither."""
+    if (path / "config.yaml").is_file():
+        return serve_run(finished.read(path))
+    for name in NAMES:
+        format = find(name)
+        if format.load is not None and format.holds(path):
+            return format.load(path)
+    known = "a run folder, or what snell export wrote"
+    raise UserError(f"{path}: {'is no model' if path.exists() else 'no such folder'}; expected is {known}")
+
+
+def serve_run(run: Finished) -> Served:
+    from snell_dist.data import _transforms
+
+    backbone = run.backbone()
+    channels = run.preprocessing.channels
+    to_tensor = _transforms.plain(run.preprocessing)
+    return Served(
+        logits=run.config.task.logits(backbone, run.classes),
+        prepare=lambda picture: to_tensor(picture.convert("L" if channels == 1 else "RGB")),
+        classes=run.classes,
+        image_shape=backbone.image_shape,
+        about=f"run {run.folder}",
+    )
