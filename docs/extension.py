@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -25,7 +26,11 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Puts what is made from the code into a page; links to measured results, which work in the repository as
     they stand, go to the pages that `measured`, a link to that folder, makes of them."""
-    makers: dict[str, Callable[[], Iterator[str]]] = {"settings": settings, "commands": commands}
+    makers: dict[str, Callable[[], Iterator[str]]] = {
+        "settings": settings,
+        "commands": commands,
+        "examples": examples,
+    }
     text = MADE.sub(lambda found: "\n".join(makers[found[1]]()), source[0])
     text = RESULTS.sub(r"{doc}`\1 </measured/\2>`", text)
     folder, _, name = docname.rpartition("/")
@@ -145,6 +150,23 @@ def _cell(text: str) -> str:
     parts = re.split(r"(`[^`]+`)", text)
     escaped = "".join(part if i % 2 else ESCAPED.sub(r"\\\1", part) for i, part in enumerate(parts))
     return escaped.replace("<", "&lt;").replace("--", "\\--")
+
+
+# examples
+
+CELL = re.compile(r"^# %%( \[markdown\])?\n", re.M)
+
+
+def examples() -> Iterator[str]:
+    """Every script of examples/: its text cells as text, the others as code."""
+    for file in sorted((Path(__file__).parent / "examples").glob("*.py")):
+        _, *cells = CELL.split(file.read_text())
+        for is_text, cell in zip(cells[::2], cells[1::2], strict=True):
+            if is_text:
+                yield re.sub("^#", "##", re.sub("^# ?", "", cell, flags=re.M), flags=re.M)  # a heading goes one deeper
+            else:
+                yield f"```python\n{cell.strip()}\n```\n"
+        yield f"The whole script: `docs/examples/{file.name}`\n"
 
 
 # docstrings

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Memory before you train
 #
-# What will a step of each method hold, and would it fit on a card that is not here? The step itself runs on torch's meta
-# device, where tensors have shapes and no numbers, so this needs neither a GPU nor data nor weights; only, at the end, a
-# small model is trained for a step in earnest, to see whether the prediction holds.
+# What will a step of each method hold, and would it fit on a card that is not here? The step itself runs on torch's
+# meta device, where tensors have shapes and no numbers, so this needs neither a GPU nor data nor weights. Only at the
+# end a small model is trained in earnest, to see whether the prediction holds.
 
 # %%
 import torch

@@ -1,0 +1,52 @@
+"""The code that readers copy: README's snippets and the examples, run as they stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ENVIRONMENT, ROOT
+from pages import blocks
+
+EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
+THROUGH_PEFT, PLAIN = (block.text for block in blocks(ROOT / "README.md") if block.language == "python")
+
+
+def test_readme_adapts_a_model_of_transformers_through_peft() -> None:
+    names: dict = {}
+    exec(THROUGH_PEFT, names)
+    model = names["model"]
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trained.items() if "classifier" in name)
+    assert head == 768 * 100 + 100
+    assert sum(trained.values()) - head == 12 * 8 * (4 * 1536 + 2 * 3840), "rank 8 of q, k, v, proj, fc1, fc2"
+    assert sum(len(line) > 0 for line in THROUGH_PEFT.splitlines()) == 5
+
+
+def test_readme_adapts_any_model_and_merges_it() -> None:
+    adapt, merge = PLAIN.split("...  # your own loop\n")
+    names: dict = {}
+    exec(adapt, names)
+    model = names["model"].eval()
+    assert sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head")) == (
+        12 * 8 * (4 * 1536 + 2 * 3840)
+    )
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = model(images)
+        exec(merge, names)
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+    assert model.state_dict().keys() == timm.create_model("vit_base_patch16_224", num_classes=100).state_dict().keys()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    text = example.read_text()
+    assert text.startswith("# %% [markdown]\n# # ") and text.count("\n# %%\n") > 2, "cells"
+    done = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
