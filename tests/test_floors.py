@@ -17,7 +17,7 @@ FLOORS = [
     ["adapted", "prompts"],
     ["footprint", "inventory"],
     ["backbones", "data", "ema", "engines", "start", "methods", "optim", "precision", "protocol", "remat"],
-    ["adapter", "checkpoint", "feed", "run_folder"],
+    ["adapter", "checkpoint", "feed", "peft", "run_folder"],
     ["checkpoint_tools", "data_tools", "evaluate", "keep"],
     ["mistakes"],
     ["tasks"],
