@@ -36,6 +36,6 @@ def _export(args: argparse.Namespace) -> int:
     log.set_up()
     name = args.format if "format" in args else formats.own(args.run)
     made = formats.export(args.run, name, args.to, args.dtype)
-    proven = "" if made.error is None else f"; reloaded, its logits differ by {made.error:.1e}, relative"
-    print(f"{made.folder}: {name}, {made.bytes / 2**20:.1f} MiB{proven}")
+    proven = f"reloaded, its logits differ by {made.error:.1e}, relative"
+    print(f"{made.folder}: {name}, {made.bytes / 2**20:.1f} MiB; {proven}")
     return Exit.DONE

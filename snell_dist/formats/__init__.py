@@ -3,8 +3,12 @@
     ABOUT                      in a few words, for `snell export --help`
     check(run)                 UserError where the format cannot hold this run, saying which can
     write(run, folder, dtype)  the library's own files, and nothing else
+    reload(run, folder)        what the library makes of the files, as a `Served`; on the base, where they need one
+
+and, where the files are a whole model,
+
     holds(folder)              whether a folder is of this format
-    load(folder)               the library's own reader, as a `Served`; None in place of it where nothing runs it
+    load(folder)               the library's own reader of it, as a `Served`
 
 `export` writes one and proves it: what the library makes of the files against the run itself.
 """
@@ -51,7 +55,7 @@ class Served:
 class Exported:
     folder: Path
     bytes: int
-    error: float | None  # relative, of the logits of the reloaded model; None where nothing was reloaded
+    error: float  # relative, of the logits of the reloaded model
 
 
 def find(name: str) -> Any:
@@ -79,7 +83,7 @@ def export(folder: Path, name: str, to: Path, dtype: str = "float32") -> Exporte
     format.check(run)
     with new_folder(to) as place:
         format.write(run, place, DTYPES[dtype])
-        error = None if format.load is None else prove(run, format.load(place), LIMITS[dtype])
+        error = prove(run, format.reload(run, place), LIMITS[dtype])
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     return Exported(to, size, error)
 
@@ -103,7 +107,7 @@ def serve(path: Path) -> Served:
         return serve_run(finished.read(path))
     for name in NAMES:
         format = find(name)
-        if format.load is not None and format.holds(path):
+        if hasattr(format, "load") and format.holds(path):
             return format.load(path)
     known = "a run folder, or what snell export wrote"
     raise UserError(f"{path}: {'is no model' if path.exists() else 'no such folder'}; expected is {known}")

@@ -50,6 +50,10 @@ def _data_config(said: Preprocessing) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reload(run: Finished, folder: Path) -> Served:
+    return load(folder)
+
+
 def holds(folder: Path) -> bool:
     file = folder / CONFIG
     return file.is_file() and "architecture" in json.loads(file.read_text())
