@@ -28,6 +28,7 @@ def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     they stand, go to the pages that `measured`, a link to that folder, makes of them."""
     makers: dict[str, Callable[[], Iterator[str]]] = {
         "settings": settings,
+        "peft_settings": peft_settings,
         "commands": commands,
         "examples": examples,
     }
@@ -94,6 +95,24 @@ def _type(schema: dict[str, Any], about: dict[str, Any]) -> str:
         return f"list{count}: {_type(schema, about['items'])}"
     limits = [words.format(about[key]) for key, words in RANGES.items() if key in about]
     return " ".join([about["type"], ", ".join(limits)]).strip()
+
+
+def peft_settings() -> Iterator[str]:
+    """What SnellConfig has beside every config of PEFT."""
+    from dataclasses import MISSING, fields
+
+    from peft import PeftConfig
+
+    from snell_dist.peft import SnellConfig
+
+    theirs = {known.name for known in fields(PeftConfig)}
+    yield "| `SnellConfig` | type | default | meaning |\n| --- | --- | --- | --- |"
+    for known in fields(SnellConfig):
+        if known.name not in theirs:
+            default = known.default if known.default_factory is MISSING else known.default_factory()
+            kind = str(known.type).replace("|", "\\|")
+            yield f"| `{known.name}` | `{kind}` | `{default!r}` | {_cell(known.metadata['help'])} |"
+    yield ""
 
 
 # commands
