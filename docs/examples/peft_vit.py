@@ -77,7 +77,8 @@ base = copy.deepcopy(model)
 # %%
 model = get_peft_model(model, SnellConfig(rank=8, sparsity=0.9, modules_to_save=["classifier"]))
 model.print_trainable_parameters()
-print(f"adapted, on 5 to 9: {train(model, [5, 6, 7, 8, 9], steps=100, lr=5e-2):.1%}")
+accuracy = train(model, [5, 6, 7, 8, 9], steps=100, lr=5e-2)
+print(f"adapted, on 5 to 9: {accuracy:.1%}")
 
 # %% [markdown]
 # ## Save it, load it
