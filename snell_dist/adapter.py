@@ -60,3 +60,16 @@ def load(file: Path, mine: Iterable[tuple[str, Tensor]], base_sha256: str | None
                 f"{file}: {name} {list(tensor.shape)} does not fit this model: adapt it with {metadata['method']}"
             )
     return tensors
+
+
+def fitting(source: str, tensors: Mapping[str, Tensor], mine: Iterable[tuple[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors, which are all that a model has to be filled, in its shapes. UserError where they are not."""
+    shapes = {name: tensor.shape for name, tensor in mine}
+    for name in shapes.keys() ^ tensors.keys():
+        said = f"lacks {name}, which trains here" if name in shapes else f"has {name}, which does not train here"
+        raise UserError(f"{source}: {said}: are backbone and method.also_train as they were there?")
+    for name, tensor in tensors.items():
+        if shapes[name] != tensor.shape:
+            fits = f"{list(tensor.shape)} does not fit this model's {list(shapes[name])}"
+            raise UserError(f"{source}: {name} {fits}: is it another base, or another number of classes?")
+    return tensors
