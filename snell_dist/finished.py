@@ -150,6 +150,15 @@ class Folded(Mapping[str, Tensor]):
             return self._merged(path, module, tensor, packing)
         return PackedLinear(plain(tensor, None), packing).merged().weight if packing else tensor
 
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """The names of the adapted weights, and what is added to each of them, whole [out, in].
+
+        Where the base is kept in float32, `self[name]` is the base's weight plus this, to the bit.
+        """
+        for path, layer in methods.adapted_layers(self._model):
+            yield f"{path}.weight", self._merged(path, layer, torch.zeros(layer.weight.shape), None)
+
     def _merged(self, path: str, empty: AdaptedLinear, weight: Tensor, packing: Kind | None) -> Tensor:
         layer = AdaptedLinear(plain(weight, None), empty.method, empty.parts, empty.adapted)
         own = {*empty.factor_names, *empty.buffer_names}

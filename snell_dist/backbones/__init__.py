@@ -17,6 +17,8 @@ from snell_dist.anatomy import Backbone
 from snell_dist.config import ConfigError, Plugin, Problem, Section, check
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from snell_dist.weights import Published
 
 
@@ -59,6 +61,10 @@ class BackboneSection(Section):
     def library_name(self, name: str) -> str:
         """The other way: what the family's library calls our parameter."""
         return name
+
+    def library_model(self, classes: int) -> nn.Module:
+        """The model as the family's library itself makes it, without weights; a family of towers has both."""
+        return self.make(classes).model
 
     def build(self, classes: Sequence[str]) -> Backbone:
         """The model with its weights. ConfigError or UserError where either cannot be had."""

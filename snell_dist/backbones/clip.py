@@ -73,6 +73,11 @@ class Clip(BackboneSection):
         head = _towers.new_head(int(self._settings()["embed_dim"]), classes)
         return self._backbone(_towers.Classifier(model.visual, head), shape, ["head"])
 
+    def library_model(self, classes: int) -> nn.Module:
+        from snell_dist.backbones import _towers
+
+        return _towers.plain(self._settings())
+
     def build(self, classes: Sequence[str]) -> Backbone:
         if self.head != "zeroshot":
             return super().build(classes)

@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 
 from snell_dist import dist
-from snell_dist.cli import catalogue, checkpoints, data, doctor, launch, memory, runs, share
+from snell_dist.cli import catalogue, checkpoints, data, doctor, launch, memory, runs, serve, share
 from snell_dist.cli._common import tell_keeper
 from snell_dist.config import UserError, trouble
 from snell_dist.exits import Exit
 
-THEMES = runs, share, launch, memory, data, checkpoints, doctor, catalogue  # as `snell --help` has them
+THEMES = runs, serve, share, launch, memory, data, checkpoints, doctor, catalogue  # as `snell --help` has them
 LAUNCH_VERBS = ("launch", "hosts"), ("launch", "lint")  # beside `launch CONFIG`
 REPEATED_S = 3
 

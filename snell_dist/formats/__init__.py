@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snell_dist import finished, log
 from snell_dist.config import UserError, nearest
@@ -41,14 +41,36 @@ PROVEN_ON = 4  # images
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """A picture, in the colours that the model takes, to [C, H, W]. Other processes may do it, too."""
+
+    channels: int
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.transform(picture.convert("L" if self.channels == 1 else "RGB"))
+
+
+@dataclass(frozen=True)
 class Served:
-    """A model that says what is on a picture, whoever's file it came from."""
+    """A model that says what is on a picture, whoever's file it came from.
+
+    `model`: the module that `logits` calls, to be moved to another device; None: it stays on the CPU.
+    """
 
     logits: Callable[[Tensor], Tensor]  # images [B, C, H, W] to [B, classes]
     prepare: Callable[[Image.Image], Tensor]  # a picture to [C, H, W]
     classes: list[str]
     image_shape: tuple[int, int, int]
     about: str
+    model: nn.Module | None = None
+
+    def to(self, device: torch.device) -> torch.device:
+        """Moves the model there, if it can be moved. Returns where it is."""
+        if self.model is None:
+            return torch.device("cpu")
+        self.model.to(device)
+        return device
 
 
 @dataclass(frozen=True)
@@ -117,12 +139,11 @@ def serve_run(run: Finished) -> Served:
     from snell_dist.data import _transforms
 
     backbone = run.backbone()
-    channels = run.preprocessing.channels
-    to_tensor = _transforms.plain(run.preprocessing)
     return Served(
         logits=run.config.task.logits(backbone, run.classes),
-        prepare=lambda picture: to_tensor(picture.convert("L" if channels == 1 else "RGB")),
+        prepare=Prepare(run.preprocessing.channels, _transforms.plain(run.preprocessing)),
         classes=run.classes,
         image_shape=backbone.image_shape,
         about=f"run {run.folder}",
+        model=backbone.model,
     )

@@ -63,17 +63,16 @@ def load(folder: Path) -> Served:
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    from snell_dist.formats import Served
+    from snell_dist.formats import Prepare, Served
 
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
     config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    grey = config["input_size"][0] == 1
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     return Served(
         logits=model,
-        prepare=lambda picture: transform(picture.convert("L" if grey else "RGB")),
+        prepare=Prepare(config["input_size"][0], create_transform(**config)),
         classes=list(names),
         image_shape=config["input_size"],
         about=f"timm {model.pretrained_cfg['architecture']}",
+        model=model,
     )
