@@ -30,6 +30,7 @@ def fill(app: Sphinx, docname: str, source: list[str]) -> None:
         "settings": settings,
         "peft_settings": peft_settings,
         "commands": commands,
+        "formats": formats,
         "examples": examples,
     }
     text = MADE.sub(lambda found: "\n".join(makers[found[1]]()), source[0])
@@ -186,6 +187,19 @@ def examples() -> Iterator[str]:
             else:
                 yield f"```python\n{cell.strip()}\n```\n"
         yield f"The whole script: `docs/examples/{file.name}`\n"
+
+
+# formats
+
+
+def formats() -> Iterator[str]:
+    """What `snell export` writes."""
+    from snell_dist import formats
+
+    yield "| `--format` | what is written |\n| --- | --- |"
+    for name in formats.NAMES:
+        yield f"| `{name}` | {_cell(formats.find(name).ABOUT)} |"
+    yield ""
 
 
 # docstrings
