@@ -6,11 +6,11 @@ nothing of the base is held: each weight is read when it is asked for, its delta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from snell_dist.data import Preprocessing
 from snell_dist.packed import Kind, PackedLinear, plain
 from snell_dist.run_config import Run
 from snell_dist.tensor_files import read_metadata, read_tensors
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Finished:
     @property
     def classes(self) -> list[str]:
         return self.summary["classes"]
+
+    @cached_property
+    def prepare(self) -> Callable[[Image.Image], Tensor]:
+        """From a picture to what the model takes [C, H, W]."""
+        from snell_dist.data import _transforms
+
+        transform, mode = _transforms.plain(self.preprocessing), "L" if self.preprocessing.channels == 1 else "RGB"
+        return lambda picture: transform(picture.convert(mode))
 
     @property
     def base_sha256(self) -> str:
@@ -125,10 +136,6 @@ class Folded(Mapping[str, Tensor]):
         self._stored = _stored(run, empty)
         self._model = empty.model
 
-    def shapes_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """`shapes`, floating point in another dtype."""
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.shapes.items()}
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -167,6 +174,11 @@ class Folded(Mapping[str, Tensor]):
         if packing:
             layer.pack(packing)
         return layer.merged().weight
+
+
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those of floating point in another dtype."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _float32(tensor: Tensor) -> Tensor:

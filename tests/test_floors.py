@@ -29,6 +29,7 @@ FLOORS = [
     ["formats"],
     ["predict", "train"],
     ["doctor", "job", "report", "status"],
+    ["imported"],
     ["benchmarks", "launch"],
     ["cli"],
     ["__main__"],

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from snell_dist.weights import Published
 
+TOLD = "factory_arguments"  # an attribute of a model
+
 
 def names(short: Mapping[str, str], modules: Sequence[str]) -> list[str]:
     """The short sizes, then timm's names in these of its modules."""
@@ -33,15 +35,21 @@ def architecture(size: str, short: Mapping[str, str], modules: Sequence[str]) ->
 
 
 def create(arch: str, **options: Any) -> nn.Module:
-    """timm's model without weights. ConfigError where it does not take one of the options."""
+    """timm's model without weights, which remembers what its factory was told (`TOLD`).
+
+    ConfigError where it does not take one of the options.
+    """
     import timm
 
+    told = {key: value for key, value in options.items() if value is not None}
     try:
-        return timm.create_model(arch, **{key: value for key, value in options.items() if value is not None})
+        model = timm.create_model(arch, **told)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if limits.ran_out(error):
             raise
         raise ConfigError(Problem("backbone", f"timm cannot make {arch}: {first_line(error)}")) from None
+    setattr(model, TOLD, told)
+    return model
 
 
 def set_attention(model: nn.Module, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from snell_dist.cli._common import Commands
+from snell_dist.cli._common import Commands, takes_config
 from snell_dist.exits import Exit
 
 
@@ -28,6 +28,17 @@ def add(commands: Commands) -> None:
             "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32"
         )
         verb.set_defaults(command=_export)
+    brought = commands.add_parser(
+        "import",
+        help="a PEFT adapter as a finished run: tested, and ready to be predicted with, merged and exported",
+        description="Puts a PEFT adapter (SNELL or LoRA; of timm's model, or of Transformers' with the same weights) on"
+        " the base and the data of a configuration, whose method it replaces, and tests it.",
+    )
+    brought.add_argument("adapter", type=Path, metavar="FOLDER", help="with adapter_config.json")
+    takes_config(brought)
+    brought.add_argument("--to", type=Path, required=True, metavar="RUN", help="a folder that is not there yet")
+    brought.add_argument("--out", type=Path, default=Path("runs"), help="where bases are trained (default: runs)")
+    brought.set_defaults(command=_import)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -38,4 +49,17 @@ def _export(args: argparse.Namespace) -> int:
     made = formats.export(args.run, name, args.to, args.dtype)
     proven = f"reloaded, its logits differ by {made.error:.1e}, relative"
     print(f"{made.folder}: {name}, {made.bytes / 2**20:.1f} MiB; {proven}")
+    return Exit.DONE
+
+
+def _import(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.run_config import Run
+
+    loaded = load(args.config, args.overrides, Run)
+    from snell_dist import imported, log
+
+    log.set_up()
+    said = imported.bring(loaded, args.adapter, args.to, args.out).summary
+    print(f"test accuracy {said['test_accuracy']:.4f} on {said['test_images']} images  {args.to}")
     return Exit.DONE

@@ -39,9 +39,14 @@ def plain(said: Preprocessing) -> Transform:
     size, how = said.size, T.InterpolationMode(said.interpolation)
     parts = {
         "squeeze": [T.Resize((size, size), interpolation=how)],
-        "centre": [T.Resize(int(SHORTER * size), interpolation=how), T.CenterCrop(size)],
+        "centre": [T.Resize(shorter_side(size), interpolation=how), T.CenterCrop(size)],
     }
     return T.Compose([*parts[said.resize], T.ToTensor(), T.Normalize(said.mean, said.std)])
+
+
+def shorter_side(size: int) -> int:
+    """What `centre` makes of a picture's shorter side, in pixels."""
+    return int(SHORTER * size)
 
 
 def augmented(size: int, normalisation: str) -> Transform:

@@ -136,8 +136,6 @@ def serve(path: Path) -> Served:
 
 
 def serve_run(run: Finished) -> Served:
-    from snell_dist.data import _transforms
-
     backbone = run.backbone()
     return Served(
         logits=run.config.task.logits(backbone, run.classes),

@@ -3,46 +3,99 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snell_dist.backbones import _timm
+from snell_dist.backbones.clip import Clip
 from snell_dist.config import UserError
+from snell_dist.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from snell_dist.data import Preprocessing
     from snell_dist.finished import Finished
     from snell_dist.formats import Served
+    from snell_dist.formats._renamed import Publish
 
 ABOUT = "timm's config.json and model.safetensors, the delta folded in"
-FAMILIES = "vit", "swin", "convnext"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CROP = {"squeeze": (1.0, "squash"), "centre": (224 / 256, "center")}  # timm's crop_pct and crop_mode
 
 
 def check(run: Finished) -> None:
-    if run.config.backbone.name not in FAMILIES:
-        raise UserError(f"--format timm: {run.folder} is of open_clip: choose open_clip, hf or onnx")
+    shapes = run.empty().model.state_dict()
+    published = dict(pair for name, tensor in shapes.items() for pair in _publish(run, shapes, shapes)(name, tensor))
+    theirs = _model(run)
+    wanted = theirs.state_dict()
+    for name in published.keys() ^ wanted.keys():
+        where = f"timm's {theirs.pretrained_cfg['architecture']}" if name in published else run.folder
+        raise UserError(f"--format timm: {where} has no {name}: choose onnx")
+    for name, tensor in published.items():
+        if tensor.shape != wanted[name].shape:
+            shapes_said = f"{name} {list(tensor.shape)}, timm's {list(wanted[name].shape)}"
+            raise UserError(f"--format timm: {run.folder} has {shapes_said}: choose onnx")
 
 
 def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
-    from timm.models._hub import save_config_for_hf
-
-    from snell_dist.finished import Folded
+    from snell_dist.finished import Folded, in_dtype
+    from snell_dist.formats._renamed import Renamed
     from snell_dist.tensor_files import stream_tensors
 
+    write_atomic(folder / CONFIG, json.dumps(_config(_model(run), run), indent=2))
     weights = Folded(run)
-    save_config_for_hf(
-        run.empty().model,
-        str(folder / CONFIG),
-        model_config={"label_names": run.classes},
-        data_config=_data_config(run.preprocessing),
-    )
-    stream_tensors(folder / WEIGHTS, weights.shapes_in(dtype), weights)
+    renamed = Renamed(weights, _publish(run, weights, weights.shapes))
+    stream_tensors(folder / WEIGHTS, in_dtype(renamed.shapes, dtype), renamed)
 
 
-def _data_config(said: Preprocessing) -> dict[str, Any]:
+def _model(run: Finished) -> Any:
+    """timm's, on the meta device. UserError where it has none that computes what the run's does."""
+    import torch
+
+    section = run.config.backbone
+    if not isinstance(section, Clip):
+        return run.empty().model
+    if run.config.task.name == "contrastive":
+        raise UserError(f"--format timm: {run.folder} has two towers: choose open_clip, hf or onnx")
+    if section.head == "zeroshot":
+        raise UserError(f"--format timm: {run.folder} classifies features of length 1, as no ViT of timm: choose onnx")
+    from snell_dist.formats import _clip_tower
+
+    with torch.device("meta"):
+        return _clip_tower.timm_model(section, len(run.classes))
+
+
+def _publish(run: Finished, weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> Publish:
+    if isinstance(run.config.backbone, Clip):
+        from snell_dist.formats import _clip_tower
+
+        return _clip_tower.publish_from(weights, shapes)
+    return _same
+
+
+def _same(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield name, tensor
+
+
+def _config(model: Any, run: Finished) -> dict[str, Any]:
+    """timm's own tag, licence and sources of these shapes are left out: they are of other weights."""
+    kept = "first_conv", "classifier", "fixed_input_size"
+    known = {key: model.pretrained_cfg[key] for key in kept if key in model.pretrained_cfg}
+    arguments = {key: value for key, value in getattr(model, _timm.TOLD).items() if key != "drop_path_rate"}
+    return {
+        "architecture": model.pretrained_cfg["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "label_names": run.classes,
+        "model_args": arguments,
+        "pretrained_cfg": known | _data(run.preprocessing) | {"num_classes": model.num_classes},
+    }
+
+
+def _data(said: Preprocessing) -> dict[str, Any]:
     crop_pct, crop_mode = CROP[said.resize]
     return {
         "input_size": (said.channels, said.size, said.size), "interpolation": said.interpolation, "mean": said.mean,

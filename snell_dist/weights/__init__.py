@@ -6,6 +6,11 @@ A layout is one file here, found by listing the package (names with _ are no lay
     matches(state)    whether these tensors' names are of this layout
     convert(state)    the same weights under timm's or open_clip's names; tensors keep the file's sizes
 
+Those of Transformers declare the other way, too, for one tensor after another:
+
+    publish(name, tensor, shapes)   what becomes of a tensor of timm's or open_clip's name, with the published names;
+                                    `shapes`: all of the model's, on the meta device; so may the tensor be
+
 `native`, which is those names themselves, is tried last. `fit` then meets the model: it resizes position
 embeddings and refuses what does not fit before it touches anything.
 """
