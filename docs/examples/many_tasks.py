@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Many tasks on one base
 #
-# SNELL's delta is sparse, so what a task changes of its base is small. Here two tasks are tuned on one base; then one model
-# stays in memory, and their deltas are swapped in and out of it in milliseconds, the base's own bits coming back each time.
+# SNELL's delta is sparse, so what a task changes of its base is small. Here two tasks are tuned on one base; then one
+# model stays in memory, and their deltas are swapped in and out of it in milliseconds. Each time the base's own bits
+# come back.
 
 # %%
 import time
@@ -64,7 +65,7 @@ for task in ("middle", "even", "middle"):
     with torch.no_grad():
         said = tuned(images[mine]).argmax(1)
     accuracy[task] = sum(digits[task][s] == labels[i] for s, i in zip(said, mine, strict=True)) / len(mine)
-    print(f"{task} ({', '.join(resident.classes)}): {accuracy[task]:.1%} of all its images, swapped in {took * 1e3:.1f} ms")
+    print(f"{task}, swapped in {took * 1e3:.1f} ms: {', '.join(resident.classes)}: {accuracy[task]:.1%}")
 
 # %% [markdown]
 # ## The base is still the base
