@@ -64,7 +64,7 @@ def plain(settings: dict[str, Any]) -> Any:
 
 def make(settings: dict[str, Any], fused: bool = True) -> nn.Module:
     """The same, its attention rewritten, fused or as written."""
-    model: nn.Module = plain(settings)
+    model = plain(settings)
     for parent in list(model.modules()):
         if hasattr(parent, "fused_attn"):  # of a tower that timm makes
             parent.fused_attn = fused
