@@ -44,6 +44,14 @@ def test_readme_adapts_any_model_and_merges_it() -> None:
     assert model.state_dict().keys() == timm.create_model("vit_base_patch16_224", num_classes=100).state_dict().keys()
 
 
+def test_the_page_on_peft_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = next(block.text for block in blocks(ROOT / "docs/howto/peft.md") if block.language == "python")
+    names: dict = {}
+    exec(code, names)
+    assert type(names["plain"]) is type(names["base"]) and (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = example.read_text()
@@ -54,6 +62,8 @@ def test_an_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.Monk
         case "peft_vit":
             assert names["same"] and names["error"] < 1e-6
             assert names["accuracy"] > 0.6, "it learns"
+        case "many_tasks":
+            assert names["same"] and min(names["accuracy"].values()) > 0.6
         case "memory_before_you_train":
             assert names["said"] == pytest.approx(names["measured"], rel=2e-3)
             assert not names["made"].fits(names["made"].own) and names["made"].fits(names["made"].choice)
