@@ -77,6 +77,10 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     log.info(f"delta: {share}, {size:.2f} MiB; positions are stored {stored}; besides, {len(whole)} whole tensors")
 
 
+def reload(run: Finished, folder: Path) -> Served:
+    return load(folder)
+
+
 def holds(folder: Path) -> bool:
     return (folder / DELTA).is_file()
 
@@ -85,7 +89,7 @@ def load(folder: Path) -> Served:
     """The base, from where the run had it, as its library makes it, with the delta on it."""
     from snell_dist import delta
     from snell_dist.data import Preprocessing, _transforms
-    from snell_dist.formats import Prepare, Served
+    from snell_dist.formats import Served
 
     made = delta.read(folder / DELTA)
     said: Any = made.about
@@ -99,7 +103,7 @@ def load(folder: Path) -> Served:
     preprocessing = Preprocessing(**said["preprocessing"])
     return Served(
         logits=task.logits(backbone, made.classes),
-        prepare=Prepare(preprocessing.channels, _transforms.plain(preprocessing)),
+        prepare=_transforms.Prepare(preprocessing.channels, _transforms.plain(preprocessing)),
         classes=made.classes,
         image_shape=backbone.image_shape,
         about=f"{made.base} and the delta {folder / DELTA}",
