@@ -47,7 +47,7 @@ snell("export even --format delta --to even_delta")
 # ## One resident model
 
 # %%
-model = timm.create_model("local-dir:plain").eval()
+model = timm.create_model("local-dir:plain", pretrained=True).eval()
 before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 resident = snell_dist.Resident(model)
 for task in ("middle", "even"):
