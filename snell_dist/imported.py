@@ -24,6 +24,8 @@ def bring(loaded: Loaded[Run], folder: Path, to: Path, out: Path) -> Outcome:
 
     UserError where the adapter is of another model, another base or other classes.
     """
+    if to.exists():
+        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
     try:
         from snell_dist.formats import _adopted
     except ImportError as error:

@@ -84,8 +84,11 @@ def from_peft(config: PeftConfig, state: Mapping[str, Tensor], model: nn.Module)
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in values.items():
-            if name not in places or places[name].shape != tensor.shape:
-                raise UserError(f"{name} {list(tensor.shape)}: the model has no such tensor; is the adapter another's?")
+            if name not in places:
+                raise UserError(f"the adapter has {name}, which is no tensor of the model: is it another model's?")
+            if places[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, and the model {list(places[name].shape)}"
+                raise UserError(f"the adapter has {name} {shapes}: another model, or another number of classes?")
             places[name].copy_(tensor)
     return values
 
