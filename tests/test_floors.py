@@ -26,6 +26,7 @@ FLOORS = [
     ["memory"],
     ["audit", "describe"],
     ["finished", "results", "selection"],
+    ["card"],
     ["formats"],
     ["predict", "train"],
     ["doctor", "job", "report", "status"],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "Transformers' config.json, preprocessor_config.json and model.safetensors, the delta folded in"
+LIBRARY = "transformers"
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -82,6 +83,28 @@ def _write_tokenizer(folder: Path, section: BackboneSection) -> None:
 
 def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
+
+
+def usage(run: Finished) -> str:
+    if run.config.task.name == "contrastive":
+        return """\
+import json
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model, prepare, tokenizer = (one.from_pretrained(".") for one in (AutoModel, AutoImageProcessor, AutoTokenizer))
+told = json.load(open("zero_shot.json"))
+texts = tokenizer([told["templates"][0].format(name) for name in told["classes"]], padding=True, return_tensors="pt")
+logits = model(**prepare(Image.open("picture.png"), return_tensors="pt"), **texts).logits_per_image
+print(told["classes"][logits.argmax()])"""
+    return f'''\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model, prepare = (one.from_pretrained(".") for one in (AutoModelForImageClassification, AutoImageProcessor))
+picture = Image.open("picture.png").convert("{run.preprocessing.mode}")
+logits = model(**prepare(picture, return_tensors="pt")).logits
+print(model.config.id2label[int(logits.argmax())])'''
 
 
 def holds(folder: Path) -> bool:

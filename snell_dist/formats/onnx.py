@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "one graph in ONNX, for onnxruntime and others; any number of images at a time"
+LIBRARY = "onnx"
 FILE = "model.onnx"
 OPSET = 18
 INPUT, OUTPUT = "images", "logits"
@@ -112,6 +113,18 @@ def _quiet() -> Iterator[None]:
 
 def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
+
+
+def usage(run: Finished) -> str:
+    said = run.preprocessing
+    return f"""\
+import json, numpy, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+told = session.get_modelmeta().custom_metadata_map  # "preprocessing" says how pictures become images
+images = numpy.zeros((1, {said.channels}, {said.size}, {said.size}), "float32")
+logits = session.run(["logits"], {{"images": images}})[0]
+print(json.loads(told["classes"])[logits[0].argmax()])"""
 
 
 def holds(folder: Path) -> bool:
