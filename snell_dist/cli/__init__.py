@@ -6,6 +6,7 @@ A theme has `add(commands)`, which adds its commands to the parser; each names t
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What these write to the terminal by themselves is noise here; set the variables to hear it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     args = _parse(arguments)
     try:
         return args.command(args)
