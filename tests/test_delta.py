@@ -177,7 +177,7 @@ def test_many_tasks_take_turns_on_one_base(finished: Path, file: Path, other: Pa
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(finished: Path, file: Path) -> None:
     model = base(finished, classes=7)
     before = state(model)
-    with pytest.raises(UserError, match=r"head.bias is \[7\] in this model, and \[5\] for 5 classes: replace"):
+    with pytest.raises(UserError, match=r"head.weight is \[7, 16\] in this model, and \[5, 16\] for 5 classes"):
         apply_delta(model, file)
     with apply_delta(model, file, replace_head=True):
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 5)
