@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import train
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -29,16 +28,6 @@ def run(finished: Path) -> Finished:
     from snell_dist.finished import read
 
     return read(finished)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP, both towers tuned."""
-    shape = ["image_size=32", "patch_size=8", "features=16", "text_width=16", "text_depth=1", "text_heads=2"]
-    said = [*(f"backbone.{word}" for word in shape), "data.image_size=32", "train.steps=2"]
-    place = train(tmp_path_factory.mktemp("clip"), *said, config="clip/digits").folder
-    assert place is not None
-    return place
 
 
 def written(folder: Path, run: Finished, **summary: Any) -> ModelCard:
@@ -153,9 +142,9 @@ def test_the_code_of_a_card_runs_as_printed(
 
 @pytest.mark.parametrize("name", ["open_clip", "hf"])
 def test_the_code_for_two_towers_runs_as_printed(
-    name: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, finished_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats.export(clip, name, tmp_path / name)
+    formats.export(finished_clip, name, tmp_path / name)
     data = ModelCard.load(tmp_path / name / "README.md").data
     assert data.pipeline_tag == "zero-shot-image-classification"  # type: ignore[attr-defined]
-    assert says(tmp_path / name, monkeypatch, 32, "RGB") in finished.read(clip).classes
+    assert says(tmp_path / name, monkeypatch, 32, "RGB") in finished.read(finished_clip).classes

@@ -28,7 +28,7 @@ FLOORS = [
     ["finished", "results", "selection"],
     ["card"],
     ["formats"],
-    ["predict", "train"],
+    ["hub", "predict", "train"],
     ["doctor", "job", "report", "status"],
     ["imported"],
     ["benchmarks", "launch"],

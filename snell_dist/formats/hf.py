@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from snell_dist.formats._zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from snell_dist.backbones import BackboneSection
     from snell_dist.data import Preprocessing
@@ -111,8 +113,17 @@ def holds(folder: Path) -> bool:
     return "architectures" in _json.read(folder / CONFIG)
 
 
+@dataclass(frozen=True)
+class _Processed:
+    processor: Any
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+
 def load(folder: Path) -> Served:
     """UserError where Transformers fills in what the files lack."""
+    from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
     transformers = _transformers.library()
@@ -135,10 +146,9 @@ def load(folder: Path) -> Served:
     size = processor.crop_size
     return Served(
         logits=logits,
-        prepare=lambda picture: processor(
-            images=picture.convert("L" if channels == 1 else "RGB"), return_tensors="pt"
-        )["pixel_values"][0],
+        prepare=Prepare(channels, _Processed(processor)),
         classes=classes,
         image_shape=(channels, size["height"], size["width"]),
         about=f"transformers {name}",
+        model=model,
     )  # fmt: skip

@@ -138,11 +138,10 @@ def load(folder: Path) -> Served:
     session = _library("onnxruntime").InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
     told = session.get_modelmeta().custom_metadata_map
     preprocessing = Preprocessing(**json.loads(told["preprocessing"]))
-    to_tensor = _transforms.plain(preprocessing)
     channels, size = preprocessing.channels, preprocessing.size
     return Served(
         logits=_run(session),
-        prepare=lambda picture: to_tensor(picture.convert("L" if channels == 1 else "RGB")),
+        prepare=_transforms.Prepare(channels, _transforms.plain(preprocessing)),
         classes=json.loads(told["classes"]),
         image_shape=(channels, size, size),
         about="onnxruntime",

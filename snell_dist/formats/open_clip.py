@@ -102,4 +102,5 @@ def load(folder: Path) -> Served:
         classes=told.classes,
         image_shape=(3, height, width),
         about="open_clip",
+        model=model,
     )
