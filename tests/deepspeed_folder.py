@@ -32,6 +32,7 @@ def write(stage: int, folder: Path) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of inference; takes minutes to compile
     made = model()
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
     config = {
