@@ -167,7 +167,7 @@ class Collectives(TorchDispatchMode):
 def adapted(config: Run) -> nn.Module:
     """The model that `build` gives to the engine."""
     dist.seed_everything(config.train.seed)
-    backbone = config.task.build(config.backbone, config.data.load(config.protocol.all_labelled))
+    backbone = config.task.build(config.backbone, config.data.load(config.protocol.all_labelled).classes)
     config.method.inject(backbone)
     methods.freeze_all_but(backbone.model, config.method.trainable(backbone))
     return backbone.model.train()

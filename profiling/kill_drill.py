@@ -41,9 +41,10 @@ from demo import environment, where_run
 from torch import Tensor
 
 from snell_dist import log
-from snell_dist.adapter import ADAPTER, read_tensors
+from snell_dist.adapter import ADAPTER
 from snell_dist.checkpoint import FOLDER, LATEST, finished
 from snell_dist.config import UserError
+from snell_dist.tensor_files import read_tensors
 
 SMALL = [
     *("backbone.weights=null", "backbone.width=16", "backbone.depth=2", "backbone.heads=2", "method.rank=4"),

@@ -35,7 +35,55 @@ class Delta(Protocol):
     def merged_weight(self, layer: AdaptedLinear) -> Tensor: ...
 
 
-class AdaptedLinear(nn.Linear):
+class RowGroups:
+    """Which of the equal row groups of a weight [out, in] are adapted: those numbered `adapted`, of `parts`."""
+
+    parts: int
+    adapted: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        return len(self.adapted)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the weight is adapted."""
+        return self.groups == self.parts
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The adapted rows [groups * out / parts, ...] of a tensor [out, ...]."""
+        if self.whole:
+            return weight
+        pieces = weight.chunk(self.parts)
+        return torch.cat([pieces[i] for i in self.adapted])
+
+    def with_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """The tensor [out, ...] with its adapted rows replaced."""
+        if self.whole:
+            return rows
+        pieces = list(weight.chunk(self.parts))
+        for i, piece in zip(self.adapted, rows.chunk(self.groups), strict=True):
+            pieces[i] = piece
+        return torch.cat(pieces)
+
+    def columns(self, y: Tensor) -> Tensor:
+        """The adapted columns [..., groups * out / parts] of y [..., out]."""
+        if self.whole:
+            return y
+        pieces = y.chunk(self.parts, -1)
+        return torch.cat([pieces[i] for i in self.adapted], -1)
+
+    def add(self, y: Tensor, delta: Tensor) -> Tensor:
+        """y [..., out] plus delta [..., groups * out / parts] in the adapted columns, in y's dtype."""
+        if self.whole:
+            return y + delta.to(y.dtype)
+        pieces = list(y.chunk(self.parts, -1))
+        for i, piece in zip(self.adapted, delta.chunk(self.groups, -1), strict=True):
+            pieces[i] = pieces[i] + piece.to(y.dtype)
+        return torch.cat(pieces, -1)
+
+
+class AdaptedLinear(RowGroups, nn.Linear):
     """`linear` with the delta of `method`; weight [out, in] and bias [out] are the same Parameter objects.
 
     The weight has `parts` equal row groups (3 for a fused qkv). Those in `adapted`, all by default, are adapted as
@@ -52,7 +100,6 @@ class AdaptedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.method, self.parts = method, parts
         self.adapted = tuple(range(parts)) if adapted is None else tuple(adapted)
-        self.groups = len(self.adapted)
         self.memory = method.memory()
         self.packing: Packing | None = None
         rows = self.rows(self.weight.detach())
@@ -71,11 +118,6 @@ class AdaptedLinear(nn.Linear):
         return self.method.mergeable
 
     @property
-    def whole(self) -> bool:
-        """Whether every row of the weight is adapted."""
-        return self.groups == self.parts
-
-    @property
     def dense(self) -> Tensor:
         """W0 [out, in], float32 where it is packed."""
         return self.weight if self.packing is None else self.packing.dense(self.weight, torch.float32)
@@ -84,43 +126,11 @@ class AdaptedLinear(nn.Linear):
         """Stores the frozen weight in fewer bits."""
         self.weight, self.packing = pack(self.weight, kind)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """The adapted rows [groups * out / parts, ...] of a tensor [out, ...]."""
-        if self.whole:
-            return weight
-        pieces = weight.chunk(self.parts)
-        return torch.cat([pieces[i] for i in self.adapted])
-
-    def with_rows(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """The tensor [out, ...] with its adapted rows replaced."""
-        if self.whole:
-            return rows
-        pieces = list(weight.chunk(self.parts))
-        for i, piece in zip(self.adapted, rows.chunk(self.groups), strict=True):
-            pieces[i] = piece
-        return torch.cat(pieces)
-
     def frozen(self, x: Tensor) -> Tensor:
         """x W0^T + bias, [..., out]."""
         if self.packing is not None:
             return self.packing.product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
-
-    def columns(self, y: Tensor) -> Tensor:
-        """The adapted columns [..., groups * out / parts] of y [..., out]."""
-        if self.whole:
-            return y
-        pieces = y.chunk(self.parts, -1)
-        return torch.cat([pieces[i] for i in self.adapted], -1)
-
-    def add(self, y: Tensor, delta: Tensor) -> Tensor:
-        """y [..., out] plus delta [..., groups * out / parts] in the adapted columns, in y's dtype."""
-        if self.whole:
-            return y + delta.to(y.dtype)
-        pieces = list(y.chunk(self.parts, -1))
-        for i, piece in zip(self.adapted, delta.chunk(self.groups, -1), strict=True):
-            pieces[i] = pieces[i] + piece.to(y.dtype)
-        return torch.cat(pieces, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
-from snell_dist.config import UserError, first_line
-from snell_dist.files import sync
+from snell_dist.config import UserError
+from snell_dist.tensor_files import read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,28 +62,14 @@ def load(file: Path, mine: Iterable[tuple[str, Tensor]], base_sha256: str | None
     return tensors
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. UserError where it is missing or damaged."""
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); was its copy cut off?") from None
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or absent, on the disk when this returns. UserError where it cannot be written."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        sync(temporary)
-        temporary.replace(file)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written: {first_line(error)}") from None
+def fitting(source: str, tensors: Mapping[str, Tensor], mine: Iterable[tuple[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors, which are all that a model has to be filled, in its shapes. UserError where they are not."""
+    shapes = {name: tensor.shape for name, tensor in mine}
+    for name in shapes.keys() ^ tensors.keys():
+        said = f"lacks {name}, which trains here" if name in shapes else f"has {name}, which does not train here"
+        raise UserError(f"{source}: {said}: are backbone and method.also_train as they were there?")
+    for name, tensor in tensors.items():
+        if shapes[name] != tensor.shape:
+            fits = f"{list(tensor.shape)} does not fit this model's {list(shapes[name])}"
+            raise UserError(f"{source}: {name} {fits}: is it another base, or another number of classes?")
+    return tensors

@@ -169,11 +169,16 @@ def _matches(name: str, pattern: str) -> bool:
 
 def fingerprint(model: nn.Module, without: Sequence[str] = ("head",)) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the state dict in its order, the classifier left out."""
+    return fingerprint_of(model.state_dict().items(), without)
+
+
+def fingerprint_of(state: Iterable[tuple[str, Tensor]], without: Sequence[str]) -> str:
+    """The same of the entries of a state dict, wherever they come from."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state:
         if not any(_matches(name, prefix) for prefix in without):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

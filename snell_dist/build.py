@@ -82,7 +82,7 @@ def _begun(config: Run, weights: str | None, splits: Splits, start: Start) -> tu
     said, problem = {"weights": weights} if start.reads else {"weights": None, "head": "new"}, None
     try:
         with start.building():
-            backbone = config.task.build(config.backbone.model_copy(update=said), splits)
+            backbone = config.task.build(config.backbone.model_copy(update=said), splits.classes)
     except UserError as error:
         problem = error
     start.agree(problem)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snell_dist import adapter, log, weights
+from snell_dist import adapter, log, tensor_files, weights
 from snell_dist.checkpoint import FOLDER, LATEST, META, NAME, Checkpoint, opened
 from snell_dist.config import UserError, first_line, nearest
 from snell_dist.files import new_folder
@@ -305,7 +305,7 @@ def convert(folder: Path, to: Path, trust: bool) -> Converted:
         raise UserError(f"{folder}: {risk}; add --trust where you know who wrote them")
     tensors = _as_float32(_consolidated(root, tag))
     with new_folder(to) as place:
-        adapter.write_tensors(place / WEIGHTS, tensors, {"format": "pt"})
+        tensor_files.write_tensors(place / WEIGHTS, tensors, {"format": "pt"})
     try:
         layout = f"backbone.weights={to} reads it as {weights.read(to).layout}"
     except UserError as error:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from snell_dist import adapter, dist, hang, heartbeat, log, meeting, run_folder
+from snell_dist import adapter, dist, hang, heartbeat, log, meeting, results, run_folder
 from snell_dist.audit import audit
-from snell_dist.build import build
+from snell_dist.build import Built, build
 from snell_dist.config import ConfigError, Loaded, UserError, load
 from snell_dist.memory import oom
 from snell_dist.methods.full import Full
 from snell_dist.observers import trackers
 from snell_dist.preflight import Preflight
 from snell_dist.run_config import Run
-from snell_dist.train import Outcome, train
+from snell_dist.train import Outcome, finish, train
 
 LEAVING_S = 60.0  # until what is left of an earlier attempt has saved and ended
 
@@ -53,6 +55,33 @@ def measure(loaded: Loaded[Run], out: Path, folder: Path | None, split: Literal[
                 mine = built.engine.weights()
                 built.engine.load_weights(adapter.load(folder / adapter.ADAPTER, mine, built.fingerprint))
             return built.task.evaluate(built.engine, getattr(built.splits, split), config.data).metrics
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+
+
+def adopt(
+    loaded: Loaded[Run], to: Path, out: Path, source: str, trained: Callable[[Built], Mapping[str, Tensor]]
+) -> Outcome:
+    """A complete run folder at `to`, of what was trained elsewhere, on a configuration's base and data.
+
+    trained: what trains in the built model, and its method remembers, by name. UserError as `run` raises, and where
+    the tensors are not those.
+    """
+    config = loaded.config
+    try:
+        device = dist.pick_device(config.train.device)
+        with meeting.process_group(device):
+            built = build(config, _weights(config, out, device, (loaded.name,)), device)
+            built.engine.load_weights(adapter.fitting(source, trained(built), built.engine.weights()))
+            test = built.task.evaluate(built.engine, built.splits.test, config.data)
+            val = built.task.evaluate(built.engine, built.splits.val, config.data)
+            summary = results.summary(config, built, test, val, chosen_step=0, seconds=[])
+            summary["steps"] = None
+            summary["protocol"] |= {"chosen": f"elsewhere: {source}", "steps": 0, "epochs": 0.0, "test_looks": 1}
+            place = run_folder.create(out, loaded.name, config, to)
+            run_folder.record_attempt(place, config, {"device": str(device), "imported": source})
+            finish(config, place, built, test, summary)
+            return Outcome(place, interrupted=False, summary=summary)
     except ConfigError as error:
         raise loaded.locate(error) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from snell_dist import dist
@@ -29,6 +30,7 @@ def summary(
         "test_images": len(built.splits.test),
         "val_accuracy": val.metrics["accuracy"] if val else None,
         "classes": built.splits.classes,
+        "preprocessing": asdict(built.splits.preprocessing) if built.splits.preprocessing else None,
         "steps": built.steps,
         "median_step_s": statistics.median(seconds) if seconds else None,
     }

@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from snell_dist import dist
-from snell_dist.adapter import read_metadata, read_tensors, write_tensors
 from snell_dist.build import Built
 from snell_dist.ema import Average
 from snell_dist.engines import Saved
 from snell_dist.run_config import Run
+from snell_dist.tensor_files import read_metadata, read_tensors, write_tensors
 
 
 class Selection:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from snell_dist import adapter, dist, heartbeat, log, mistakes, optim, results, run_folder
+from snell_dist import adapter, dist, heartbeat, log, mistakes, optim, results, run_folder, tensor_files
 from snell_dist.build import Built
 from snell_dist.checkpoint import Checkpoints, Meta, newest
 from snell_dist.config import UserError
@@ -58,7 +58,7 @@ def train(config: Run, folder: Path, built: Built, device: torch.device) -> Outc
         test = built.task.evaluate(built.engine, built.splits.test, config.data)
         val = None if built.splits.val_trains else built.task.evaluate(built.engine, built.splits.val, config.data)
         summary |= results.summary(config, built, test, val, selection.step, timer.drain())
-    _finish(config, folder, built, test, summary)
+    finish(config, folder, built, test, summary)
     return Outcome(folder, interrupted=False, summary=summary)
 
 
@@ -197,12 +197,13 @@ def _observers(config: Run, folder: Path, built: Built, start: int) -> list[Obse
     return observers
 
 
-def _finish(config: Run, folder: Path, built: Built, test: Measured, summary: dict[str, Any]) -> None:
+def finish(config: Run, folder: Path, built: Built, test: Measured, summary: dict[str, Any]) -> None:
+    """Writes what a complete run leaves; that it is complete, last."""
     weights = dict(built.engine.weights())
     if dist.rank() == 0:
         adapter.save(folder / adapter.ADAPTER, weights, belongs_to(config, built))
         said = {"label": test.label, "predicted": test.predicted, "confidence": test.confidence}
-        adapter.write_tensors(folder / "test_predictions.safetensors", said, {})
+        tensor_files.write_tensors(folder / "test_predictions.safetensors", said, {})
         mistakes.save(folder, built.splits.test, test, built.splits.classes)
         run_folder.write_summary(folder, summary)
     dist.barrier()

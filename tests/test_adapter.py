@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import TINY, train, trained
 
-from snell_dist.adapter import ADAPTER, load, read_metadata
+from snell_dist.adapter import ADAPTER, load
 from snell_dist.build import build
 from snell_dist.config import UserError
 from snell_dist.config import load as load_config
 from snell_dist.run_config import Run
+from snell_dist.tensor_files import read_metadata
 
 
 def test_an_adapter_file_gives_the_same_logits_on_the_same_base(tmp_path: Path) -> None:

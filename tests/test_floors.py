@@ -10,14 +10,14 @@ FLOORS = [
     ["exits"],
     ["config"],
     ["files", "limits", "network", "standing"],
-    ["dist"],
+    ["dist", "tensor_files"],
     ["heartbeat", "log", "meeting"],
     ["hang", "observers"],
     ["anatomy", "ops", "packed", "weights"],
     ["adapted", "prompts"],
     ["footprint", "inventory"],
     ["backbones", "data", "ema", "engines", "start", "methods", "optim", "precision", "protocol", "remat"],
-    ["adapter", "checkpoint", "feed", "run_folder"],
+    ["adapter", "checkpoint", "delta", "feed", "peft", "run_folder"],
     ["checkpoint_tools", "data_tools", "evaluate", "keep"],
     ["mistakes"],
     ["tasks"],
@@ -25,15 +25,18 @@ FLOORS = [
     ["build", "preflight"],
     ["memory"],
     ["audit", "describe"],
-    ["results", "selection"],
-    ["train"],
+    ["finished", "results", "selection"],
+    ["card"],
+    ["formats"],
+    ["hub", "predict", "train"],
     ["doctor", "job", "report", "status"],
+    ["imported"],
     ["benchmarks", "launch"],
     ["cli"],
     ["__main__"],
 ]
 # folders whose files are parts of one thing
-WHOLES = "benchmarks", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
+WHOLES = "benchmarks", "cli", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

@@ -13,7 +13,6 @@ import yaml
 from conftest import ENVIRONMENT, TINY, command, train, trained, typed
 from safetensors.torch import load_file
 
-from snell_dist.adapter import read_tensors
 from snell_dist.build import build
 from snell_dist.config import Plugin, UserError, load
 from snell_dist.dist import StopRequest
@@ -21,6 +20,7 @@ from snell_dist.job import _as_begun, run
 from snell_dist.log import MetricsFile
 from snell_dist.run_config import Run
 from snell_dist.run_folder import STOP, attempts
+from snell_dist.tensor_files import read_tensors
 from snell_dist.train import Outcome
 from snell_dist.train import train as train_built
 

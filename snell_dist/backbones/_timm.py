@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snell_dist import limits
+from snell_dist.backbones import Origin
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import nn
 
     from snell_dist.weights import Published
+
+TOLD = "factory_arguments"  # an attribute of a model
 
 
 def names(short: Mapping[str, str], modules: Sequence[str]) -> list[str]:
@@ -33,15 +36,21 @@ def architecture(size: str, short: Mapping[str, str], modules: Sequence[str]) ->
 
 
 def create(arch: str, **options: Any) -> nn.Module:
-    """timm's model without weights. ConfigError where it does not take one of the options."""
+    """timm's model without weights, which remembers what its factory was told (`TOLD`).
+
+    ConfigError where it does not take one of the options.
+    """
     import timm
 
+    told = {key: value for key, value in options.items() if value is not None}
     try:
-        return timm.create_model(arch, **{key: value for key, value in options.items() if value is not None})
+        model = timm.create_model(arch, **told)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if limits.ran_out(error):
             raise
         raise ConfigError(Problem("backbone", f"timm cannot make {arch}: {first_line(error)}")) from None
+    setattr(model, TOLD, told)
+    return model
 
 
 def set_attention(model: nn.Module, name: str) -> None:
@@ -63,3 +72,14 @@ def tagged(arch: str, tag: str) -> Published:
         message = f"timm cannot load them for {arch}: {first_line(error)}"
         raise UserError(f"backbone.weights = {tag!r}: {message}") from None
     return Published(f"{arch}.{tag}", "timm", dict(model.state_dict()))
+
+
+def origin(arch: str, tag: str) -> Origin:
+    """As timm's own table has it."""
+    import timm
+
+    name = f"{arch}.{tag}"
+    if name not in timm.list_pretrained(arch + ".*"):
+        return Origin()
+    said: Any = timm.get_pretrained_cfg(name)
+    return Origin(said.hf_hub_id, said.license)

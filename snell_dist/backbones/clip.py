@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from snell_dist.anatomy import Backbone, find_blocks, linears, number
-from snell_dist.backbones import BackboneSection, display
+from snell_dist.backbones import BackboneSection, Origin, display
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -70,8 +70,13 @@ class Clip(BackboneSection):
         from snell_dist.backbones import _towers
 
         model, shape = self._model()
-        head = _towers.new_head(int(self._settings()["embed_dim"]), classes)
+        head = _towers.new_head(int(self.settings()["embed_dim"]), classes)
         return self._backbone(_towers.Classifier(model.visual, head), shape, ["head"])
+
+    def library_model(self, classes: int) -> nn.Module:
+        from snell_dist.backbones import _towers
+
+        return _towers.plain(self.settings())
 
     def build(self, classes: Sequence[str]) -> Backbone:
         if self.head != "zeroshot":
@@ -106,7 +111,11 @@ class Clip(BackboneSection):
             raise UserError(f"backbone.weights = {tag!r}: {message}") from None
         return Published(f"{self.size} {tag}", "open_clip", dict(model.state_dict()))
 
-    def _settings(self) -> dict[str, Any]:
+    def origin(self, tag: str) -> Origin:
+        said = _open_clip().get_pretrained_cfg(self.size, tag) or {}
+        return Origin(said.get("hf_hub", "").strip("/") or None, said.get("license"))
+
+    def settings(self) -> dict[str, Any]:
         """open_clip's configuration with our own shape in it."""
         known = _open_clip().list_models()
         if self.size not in known or not _is_ours(_open_clip().get_model_config(self.size)):
@@ -130,7 +139,7 @@ class Clip(BackboneSection):
         """Both towers with rewritten attention, and pixels a side."""
         from snell_dist.backbones import _towers
 
-        settings = self._settings()
+        settings = self.settings()
         if self.width and self.heads and self.width % self.heads:
             raise ConfigError(Problem("backbone.heads", f"must divide width {self.width}", self.heads))
         image_size = settings["vision_cfg"]["image_size"]
@@ -156,14 +165,17 @@ class Clip(BackboneSection):
             templates=self.templates,
         )
 
-    def _tokenize(self, texts: Sequence[str]) -> Any:
-        context = self._settings()["text_cfg"].get("context_length", 77)
+    def tokenizer(self) -> Any:
+        """open_clip's, from texts to tokens. UserError where it cannot be had."""
+        context = self.settings()["text_cfg"].get("context_length", 77)
         try:
-            tokenizer = _open_clip().get_tokenizer(self.size, context_length=context)
+            return _open_clip().get_tokenizer(self.size, context_length=context)
         except Exception as error:  # the hub's errors have no common class
             message = f"its tokenizer comes from the hub, which does not give it: {first_line(error)}"
             raise UserError(f"backbone.size = {self.size!r}: {message}") from None
-        return tokenizer(list(texts))
+
+    def _tokenize(self, texts: Sequence[str]) -> Any:
+        return self.tokenizer()(list(texts))
 
 
 SHAPE = [

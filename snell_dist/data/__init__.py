@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -54,6 +54,26 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes what a trained model takes [channels, size, size], in numbers that other libraries know.
+
+    squeeze: all of it, whatever its shape; centre: its shorter side at 256/224 of size, then the middle.
+    """
+
+    size: int  # pixels a side
+    channels: int
+    resize: Literal["squeeze", "centre"]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, ...]  # of each channel, of values from 0 to 1
+    std: tuple[float, ...]
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the colours."""
+        return "L" if self.channels == 1 else "RGB"
+
+
+@dataclass(frozen=True)
 class Transforms:
     """From a picture to what the model takes [C, H, W]; and in words: resize, normalisation, augmentation."""
 
@@ -61,6 +81,7 @@ class Transforms:
     evaluation: Callable[[Image.Image], Tensor]
     augments: bool  # training draws random numbers
     about: Mapping[str, str]
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,7 @@ class Splits:
     test: Images
     classes: list[str]
     image_shape: tuple[int, int, int]
+    preprocessing: Preprocessing | None = None  # None: of images that are made up
     about: Mapping[str, str] = field(default_factory=dict)
     val_trains: bool = False
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from snell_dist.data import DataSection, Splits, Transforms
+from snell_dist.data import DataSection, Preprocessing, Splits, Transforms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 VAL, TEST = 0.2, 0.3  # fractions of each class
+LEVEL_8 = 120  # the middle of 16 levels, in a picture of 8 bits
 
 
 class Digits(DataSection):
@@ -63,6 +64,7 @@ class Digits(DataSection):
             test=_part(images, inks, parts["test"]),
             classes=[WORDS[digit] for digit in self.classes],
             image_shape=(self.channels, self.image_size, self.image_size),
+            preprocessing=self.transforms().preprocessing,
             about={
                 "dataset": f"digits {self.classes}",
                 "split": "50 % train, 20 % val, 30 % test of each class",
@@ -76,7 +78,9 @@ class Digits(DataSection):
             "resize": f"bilinear to {self.image_size}" if self.image_size > 8 else "none",
             "normalisation": "0..16 to -1..1",
         }
-        return Transforms(training=pixels, evaluation=pixels, augments=False, about=about)
+        grey = (LEVEL_8 / 255,) * self.channels
+        said = Preprocessing(self.image_size, self.channels, "squeeze", "bilinear", mean=grey, std=grey)
+        return Transforms(training=pixels, evaluation=pixels, augments=False, about=about, preprocessing=said)
 
 
 @dataclass(frozen=True)

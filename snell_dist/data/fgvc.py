@@ -70,6 +70,7 @@ class Fgvc(BenchmarkSection):
             test=_files.Files(images, *lists["test"], transforms.evaluation),
             classes=names,
             image_shape=(3, self.image_size, self.image_size),
+            preprocessing=transforms.preprocessing,
             about={
                 "dataset": self.title("FGVC"),
                 "split": "train, val and test of VPT",
@@ -80,14 +81,15 @@ class Fgvc(BenchmarkSection):
     def transforms(self) -> Transforms:
         from snell_dist.data import _transforms
 
-        size, plain = self.image_size, _transforms.centre(self.image_size, self.normalisation)
+        size, said = self.image_size, _transforms.centre(self.image_size, self.normalisation)
+        plain = _transforms.plain(said)
         about = {
             "resize": f"shorter side to {int(_transforms.SHORTER * size)}, bilinear; centre {size} x {size}",
             "normalisation": self.normalisation,
             "augmentation": _transforms.AUGMENTATION if self.augment else "none",
         }
         training = _transforms.augmented(size, self.normalisation) if self.augment else plain
-        return Transforms(training, plain, self.augment, about)
+        return Transforms(training, plain, self.augment, about, said)
 
     def lists(self, folder: Path, count: int) -> tuple[Path, dict[str, tuple[list[str], list[int]]]]:
         """Where the images are, and names and labels of each split. UserError where a file is missing or wrong."""

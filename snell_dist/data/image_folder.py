@@ -61,6 +61,7 @@ class ImageFolder(DataSection):
             test=files("test"),
             classes=classes,
             image_shape=(3, self.image_size, self.image_size),
+            preprocessing=transforms.preprocessing,
             about={
                 "dataset": root.name,
                 "split": "folders"
@@ -73,14 +74,15 @@ class ImageFolder(DataSection):
     def transforms(self) -> Transforms:
         from snell_dist.data import _transforms
 
-        plain = getattr(_transforms, self.resize)(self.image_size, self.normalisation)
+        said = getattr(_transforms, self.resize)(self.image_size, self.normalisation)
+        plain = _transforms.plain(said)
         about = {
             "resize": f"{self.resize} to {self.image_size}",
             "normalisation": self.normalisation,
             "augmentation": _transforms.AUGMENTATION if self.augment else "none",
         }
         training = _transforms.augmented(self.image_size, self.normalisation) if self.augment else plain
-        return Transforms(training, plain, self.augment, about)
+        return Transforms(training, plain, self.augment, about, said)
 
 
 def _listed(folder: Path) -> list[tuple[str, str]]:

@@ -64,6 +64,7 @@ class Vtab(BenchmarkSection):
             test,
             classes=names,
             image_shape=(3, self.image_size, self.image_size),
+            preprocessing=transforms.preprocessing,
             about={
                 "dataset": self.title("VTAB-1k"),
                 "split": f"{trained}, val200, test",
@@ -75,10 +76,11 @@ class Vtab(BenchmarkSection):
     def transforms(self) -> Transforms:
         from snell_dist.data import _transforms
 
-        whole = _transforms.squeeze(self.image_size, self.normalisation)
+        said = _transforms.squeeze(self.image_size, self.normalisation)
+        whole = _transforms.plain(said)
         about = {
             "resize": f"whole picture to {self.image_size} x {self.image_size}, bicubic",
             "normalisation": self.normalisation,
             "augmentation": "none",
         }
-        return Transforms(training=whole, evaluation=whole, augments=False, about=about)
+        return Transforms(training=whole, evaluation=whole, augments=False, about=about, preprocessing=said)

@@ -74,6 +74,7 @@ class Webdataset(DataSection):
             test,
             classes=index.classes,
             image_shape=(channels, height, width),
+            preprocessing=transforms.preprocessing,
             about={**about, **transforms.about, **({"missing": "; ".join(damaged)} if damaged else {})},
             val_trains=order is not None,
         )

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from snell_dist import log
-from snell_dist.adapter import read_tensors
 from snell_dist.config import UserError, load, nearest
 from snell_dist.doctor.trace import Case, Plan, Trace, quiet
 from snell_dist.run_config import Run
+from snell_dist.tensor_files import read_tensors
 
 # A small model stays gathered by DeepSpeed's own thresholds, which would prove nothing.
 KEYS = "param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"

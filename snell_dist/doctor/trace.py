@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from snell_dist import dist, log, meeting, optim
-from snell_dist.adapter import write_tensors
 from snell_dist.build import Built, build
 from snell_dist.checkpoint import Checkpoints, newest
 from snell_dist.config import UserError, load
@@ -30,6 +29,7 @@ from snell_dist.files import write_atomic
 from snell_dist.memory.measure import Touched
 from snell_dist.methods import Place
 from snell_dist.run_config import Run
+from snell_dist.tensor_files import write_tensors
 from snell_dist.train import meta
 
 FLUSHES = 8  # small collectives, after which gloo's threads hold no large buffer

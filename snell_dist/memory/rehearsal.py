@@ -118,7 +118,7 @@ def prepare(
     nothing: Any = ()
     splits = Splits(nothing, nothing, nothing, [str(number) for number in range(classes)], image_shape=(0, 0, 0))
     with torch.device("meta") if device.type == "meta" else nullcontext():
-        backbone = config.task.build(section, splits)
+        backbone = config.task.build(section, splits.classes)
         config.method.inject(backbone)
     if context := getattr(backbone.model, "context_length", None):  # the true tokenizer may need the hub
         backbone = replace(backbone, tokenize=lambda texts: torch.zeros(len(texts), context, dtype=torch.int64))

@@ -7,6 +7,7 @@ linear layers (`LinearMethod`). Freezing, counting, saving and sharding follow f
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -142,6 +143,13 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
         )
 
 
+def add_into(delta: Tensor, weight: Tensor) -> Tensor:
+    """weight + delta, in the delta's memory where its dtype can hold the sum."""
+    import torch
+
+    return delta.add_(weight) if torch.result_type(delta, weight) == delta.dtype else weight + delta
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     """Qualified names and layers that carry factors."""
     from snell_dist.adapted import AdaptedLinear
@@ -194,6 +202,7 @@ def adapt(
         token_blocks=list(blocks),
     )  # fmt: skip
     chosen.inject(backbone)
+    _MERGED.discard(model)
     freeze_all_but(model, chosen.trainable(backbone))
     chosen.calibrate(model, losses)
     return model
@@ -207,17 +216,28 @@ def _regrouped(target: Target, groups: Mapping[str, int]) -> Target:
     return target
 
 
+def check_mergeable(model: nn.Module) -> None:
+    """Raises UserError where the method's change is no change of weights."""
+    for name, module in model.named_modules():
+        if not getattr(module, "mergeable", True):
+            raise UserError(f"merge: {name}: no weight can hold what this method adds; keep the adapted model")
+
+
+_MERGED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def merge(model: nn.Module) -> nn.Module:
     """Folds every delta into its weight, in place: plain layers, the model's original keys.
 
-    Raises UserError where the method's change is no change of weights.
+    Raises UserError where the method's change is no change of weights, and where the model was merged before.
     """
     from snell_dist.adapted import AdaptedLinear
     from snell_dist.packed import PackedLinear
 
-    for name, module in model.named_modules():
-        if not getattr(module, "mergeable", True):
-            raise UserError(f"merge: {name}: no weight can hold what this method adds; keep the adapted model")
+    if model in _MERGED:
+        raise UserError("merge: this model was merged before, and holds no delta any more")
+    check_mergeable(model)
+    _MERGED.add(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear | PackedLinear):
             parent, _, leaf = name.rpartition(".")

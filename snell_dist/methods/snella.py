@@ -76,7 +76,7 @@ class Snella(SparseKernelMethod):
             return self.sparsity
         kept, memory = layer.get_buffer("kept"), layer.memory
         if memory.version != kept._version:  # read from the device after a change only
-            memory.version, memory.sparsities = kept._version, [self._sparsity(layer, n) for n in kept.tolist()]
+            memory.version, memory.sparsities = kept._version, [self.sparsity_at(layer, n) for n in kept.tolist()]
         return memory.sparsities
 
     def memory(self) -> _Memory:
@@ -85,7 +85,8 @@ class Snella(SparseKernelMethod):
     def thresholds(self, layer: AdaptedLinear) -> ThresholdState:
         return layer.memory.thresholds
 
-    def _sparsity(self, layer: AdaptedLinear, kept: int) -> float:
+    def sparsity_at(self, layer: AdaptedLinear, kept: int) -> float:
+        """Of a row group that keeps so many entries."""
         from snell_dist.ops.allocator import MOST
 
         return self.sparsity if kept == UNTOUCHED else min(1 - kept / _size(layer), MOST)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from snell_dist import run_folder
-from snell_dist.adapter import read_tensors
 from snell_dist.config import UserError, first_line
 from snell_dist.report import _template, charts
+from snell_dist.tensor_files import read_tensors
 
 OTHERS = "take it away, or name the folders of the others"
 LABELLED = 12  # classes: up to so many have a table of numbers

@@ -6,7 +6,7 @@ backward over the micro-batches of one optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from snell_dist.anatomy import Backbone
@@ -46,8 +46,12 @@ class TaskSection(Section):
 
     name: str
 
-    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
+    def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
         """The model as the task needs it. ConfigError where the family cannot do it."""
+        raise NotImplementedError
+
+    def logits(self, backbone: Backbone, classes: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """From images [B, C, H, W] to logits [B, classes], for a model that is trained and evaluates."""
         raise NotImplementedError
 
     def prepare(self, backbone: Backbone, splits: Splits) -> Task:

@@ -8,7 +8,7 @@ the same micro-batch on the same process, by timm; so a micro-batch of one image
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -36,8 +36,11 @@ class Classify(TaskSection):
     mixup_prob: float = Field(1.0, ge=0, le=1, description="of mixing a micro-batch")
     switch_prob: float = Field(0.5, ge=0, le=1, description="of cutmix where both are on")
 
-    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
-        return backbone.build(splits.classes)
+    def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
+        return backbone.build(classes)
+
+    def logits(self, backbone: Backbone, classes: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        return backbone.model
 
     def prepare(self, backbone: Backbone, splits: Splits) -> Classification:
         classes = len(splits.classes)

@@ -13,7 +13,7 @@ micro-batch at a time. Memory: one micro-batch's activations, and features of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -36,12 +36,21 @@ LARGEST_SCALE = math.log(100)  # CLIP's bound on the logarithm of its scale
 class Contrastive(TaskSection):
     name: Literal["contrastive"]
 
-    def build(self, backbone: BackboneSection, splits: Splits) -> Backbone:
+    def build(self, backbone: BackboneSection, classes: Sequence[str]) -> Backbone:
         return backbone.towers()
 
+    def logits(self, backbone: Backbone, classes: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        model = backbone.model
+        directions = class_directions(lambda tokens: model(None, tokens)[1], captions_of(backbone, classes))
+
+        def logits(images: Tensor) -> Tensor:
+            features, _, scale, *_ = model(images, None)
+            return scale * features @ directions.to(features.device).t()
+
+        return logits
+
     def prepare(self, backbone: Backbone, splits: Splits) -> Contrast:
-        said = [template.format(name) for name in splits.classes for template in backbone.templates]
-        return Contrast(backbone.tokenized(said).unflatten(0, (len(splits.classes), -1)))
+        return Contrast(captions_of(backbone, splits.classes))
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,10 @@ class Contrast:
     def evaluate(self, engine: Engine, images: Images, data: DataSection) -> Measured:
         from snell_dist.evaluate import evaluate
 
-        directions = class_directions(engine, self.tokens)
+        training = engine.model.training
+        engine.model.eval()
+        directions = class_directions(lambda tokens: engine.forward(None, tokens.to(engine.device))[1], self.tokens)
+        engine.model.train(training)
 
         def logits(batch: Batch) -> Tensor:
             features, _, scale, *_ = engine.forward(batch.images, None)
@@ -97,19 +109,22 @@ class Contrast:
         return self.tokens[labels.cpu().clamp(min=0), drawn]
 
 
-def class_directions(engine: Engine, tokens: Tensor) -> Tensor:
-    """[classes, D]: the mean of each class's caption features over its captions [classes, T, L], at length 1."""
+def captions_of(backbone: Backbone, classes: Sequence[str]) -> Tensor:
+    """Tokens [classes, templates, L] of the captions of each class."""
+    said = [template.format(name) for name in classes for template in backbone.templates]
+    return backbone.tokenized(said).unflatten(0, (len(classes), -1))
+
+
+def class_directions(features: Callable[[Tensor], Tensor], captions: Tensor) -> Tensor:
+    """[classes, D]: the mean of each class's caption features, at length 1.
+
+    captions: [classes, T, L]; features: of an evaluating model, from tokens [T, L] to [T, D].
+    """
     import torch
     from torch.nn.functional import normalize
 
-    training = engine.model.training
-    engine.model.eval()
-    means = []
     with torch.no_grad():
-        for captions in tokens:
-            _, texts, *_ = engine.forward(None, captions.to(engine.device))
-            means.append(texts.mean(0))
-    engine.model.train(training)
+        means = [features(tokens).mean(0) for tokens in captions]
     return normalize(torch.stack(means), dim=-1)
 
 

@@ -6,6 +6,11 @@ A layout is one file here, found by listing the package (names with _ are no lay
     matches(state)    whether these tensors' names are of this layout
     convert(state)    the same weights under timm's or open_clip's names; tensors keep the file's sizes
 
+Those of Transformers declare the other way, too, for one tensor after another:
+
+    publish(name, tensor, shapes)   what becomes of a tensor of timm's or open_clip's name, with the published names;
+                                    `shapes`: all of the model's, on the meta device; so may the tensor be
+
 `native`, which is those names themselves, is tried last. `fit` then meets the model: it resizes position
 embeddings and refuses what does not fit before it touches anything.
 """
@@ -22,9 +27,9 @@ from torch import Tensor
 
 from snell_dist.config import UserError, first_line
 from snell_dist.weights import _files, _unwrap
-from snell_dist.weights._fit import KEY, Report, fit
+from snell_dist.weights._fit import KEY, Report, fit, fitted
 
-__all__ = ["KEY", "LAYOUTS", "Published", "Report", "fit", "is_source", "read"]
+__all__ = ["KEY", "LAYOUTS", "Published", "Report", "fit", "fitted", "is_source", "read"]
 
 _FOUND = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 LAYOUTS: dict[str, Any] = {

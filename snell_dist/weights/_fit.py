@@ -61,6 +61,24 @@ def fit(
     Raises UserError naming `key`, with the model untouched, where a tensor has another shape, where less than
     `least` of the backbone would be filled, or where a classifier is asked for and there is none that fits.
     """
+    ready, report = fitted(model, published, head=head, keep_head=keep_head, least=least, key=key)
+    targets = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in ready.items():
+            targets[name].copy_(tensor)
+    return report
+
+
+def fitted(
+    model: nn.Module,
+    published: Published,
+    *,
+    head: Sequence[str] = ("head",),
+    keep_head: bool = False,
+    least: float = 0.99,
+    key: str = KEY,
+) -> tuple[dict[str, Tensor], Report]:
+    """What `fit` copies, under the model's names and in its shapes, not copied; the model may be on the meta device."""
     said = f"{key} = {published.source!r} ({published.layout})"
     targets, state = model.state_dict(), published.state
     classifier = [name for name in targets if _below(name, head)]
@@ -86,11 +104,8 @@ def fit(
             f" (is it another model's file? It has {', '.join(list(state)[:2])}, ...;"
             " backbone.min_match lowers the limit)"
         )
-    with torch.no_grad():
-        for name, tensor in ready.items():
-            targets[name].copy_(tensor)
     ignored = [name for name in state if name not in ready and name.rpartition(".")[2] not in BUFFERS]
-    return Report(published.source, published.layout, len(ready), resized, ignored, missing, fraction)
+    return ready, Report(published.source, published.layout, len(ready), resized, ignored, missing, fraction)
 
 
 def _ready(model: nn.Module, name: str, tensor: Tensor, target: Tensor, said: str) -> tuple[Tensor, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+Shapes = Mapping[str, Tensor]  # tensors without numbers, on the meta device
 Rules = Sequence[tuple[str, str]]
 
 # A block of Hugging Face's Transformers, as published and as its later versions name it.
@@ -23,6 +24,22 @@ HUGGING_FACE_BLOCK: Rules = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
 )
 
+# The other way, to the names as published.
+TO_HUGGING_FACE_BLOCK: Rules = (
+    (r"\.attn\.q\.", ".attn.query."),
+    (r"\.attn\.k\.", ".attn.key."),
+    (r"\.attn\.v\.", ".attn.value."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+)
+TO_HUGGING_FACE_PRE_NORM: Rules = (
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+)
+
 
 def ends(state: State, *endings: str) -> bool:
     """Whether each of the endings is that of some name."""
@@ -31,10 +48,10 @@ def ends(state: State, *endings: str) -> bool:
 
 def rename(state: State, *rules: tuple[str, str]) -> State:
     """Every rule, a pattern and what replaces it, on every name, in order."""
-    return {_renamed(name, rules): tensor for name, tensor in state.items()}
+    return {renamed(name, *rules): tensor for name, tensor in state.items()}
 
 
-def _renamed(name: str, rules: Rules) -> str:
+def renamed(name: str, *rules: tuple[str, str]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -53,12 +70,26 @@ def fuse_qkv(state: State, fused: str = "{}.qkv.{}") -> State:
     return result
 
 
+def split_qkv(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The other way: `x.q`, `x.k` and `x.v` are views of their rows in `x.qkv` or `x.in_proj`."""
+    found = re.fullmatch(r"(.+)\.(?:qkv\.|in_proj_)(weight|bias)", name)
+    if found is None:
+        yield name, tensor
+    else:
+        yield from zip((f"{found[1]}.{part}.{found[2]}" for part in "qkv"), tensor.chunk(3), strict=True)
+
+
 def later_downsample(state: State) -> State:
     """Swin's reductions as the beginning of a stage, where timm has them, and not the end of the one before."""
     return {
         re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name): tensor
         for name, tensor in state.items()
     }
+
+
+def earlier_downsample(name: str) -> str:
+    """The other way, of one name."""
+    return re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
 
 
 def fold_class_position(state: State) -> State:

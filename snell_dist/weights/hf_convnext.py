@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from snell_dist.weights._names import State, ends, rename
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from snell_dist.weights._names import Shapes, State, ends, rename, renamed
 
 NAME = "Hugging Face ConvNeXt"
 RULES = (
@@ -19,6 +23,18 @@ RULES = (
     (r"^layernorm\.", "head.norm."),
     (r"^classifier\.", "head.fc."),
 )
+PUBLISHED = (
+    (r"^stem\.0\.", "embeddings.patch_embeddings."),
+    (r"^stem\.1\.", "embeddings.layernorm."),
+    (r"^head\.norm\.", "layernorm."),
+    (r"^stages\.(\d+)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
+    (r"^stages\.(\d+)\.blocks\.", r"encoder.stages.\1.layers."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.norm\.", ".layernorm."),
+    (r"\.mlp\.grn\.", ".grn."),
+    (r"\.mlp\.fc([12])\.", r".pwconv\1."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+)
 
 
 def matches(state: State) -> bool:
@@ -27,3 +43,18 @@ def matches(state: State) -> bool:
 
 def convert(state: State) -> State:
     return rename(state, *RULES)
+
+
+def publish(name: str, tensor: Tensor, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """Global response normalisation keeps its vectors as [1, 1, 1, channels]."""
+    if name.startswith("head.fc."):
+        yield name.replace("head.fc.", "classifier."), tensor
+        return
+    second = has_response_norm(shapes)
+    shaped = tensor[None, None, None] if ".grn." in name else tensor
+    yield f"{'convnextv2' if second else 'convnext'}.{renamed(name, *PUBLISHED)}", shaped
+
+
+def has_response_norm(shapes: Shapes) -> bool:
+    """Whether it is a ConvNeXt V2."""
+    return any(".grn." in name for name in shapes)

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from snell_dist.weights._names import HUGGING_FACE_BLOCK, State, ends, fuse_qkv, later_downsample, rename
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from snell_dist.weights._names import (
+    HUGGING_FACE_BLOCK,
+    TO_HUGGING_FACE_BLOCK,
+    TO_HUGGING_FACE_PRE_NORM,
+    Shapes,
+    State,
+    earlier_downsample,
+    ends,
+    fuse_qkv,
+    later_downsample,
+    rename,
+    renamed,
+    split_qkv,
+)
 
 NAME = "Hugging Face Swin"
 RULES = (
@@ -13,6 +30,13 @@ RULES = (
     (r"^embeddings\.norm\.", "patch_embed.norm."),
     (r"^classifier\.", "head.fc."),
 )
+PUBLISHED = (
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    *TO_HUGGING_FACE_BLOCK,
+    *TO_HUGGING_FACE_PRE_NORM,
+    (r"\.attn\.", ".attention.self."),
+    (r"^layers\.", "encoder.layers."),
+)
 
 
 def matches(state: State) -> bool:
@@ -21,3 +45,11 @@ def matches(state: State) -> bool:
 
 def convert(state: State) -> State:
     return later_downsample(fuse_qkv(rename(state, *RULES)))
+
+
+def publish(name: str, tensor: Tensor, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    if name.startswith("head.fc."):
+        yield name.replace("head.fc.", "classifier."), tensor
+        return
+    for each, part in split_qkv(earlier_downsample(name), tensor):
+        yield f"swin.{renamed(each, *PUBLISHED)}", part

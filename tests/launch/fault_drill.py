@@ -52,8 +52,9 @@ from nodes import Nodes
 from slurm import Slurm
 
 from snell_dist import keep, log, run_folder
-from snell_dist.adapter import ADAPTER, read_tensors
+from snell_dist.adapter import ADAPTER
 from snell_dist.checkpoint import finished
+from snell_dist.tensor_files import read_tensors
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "profiling"))

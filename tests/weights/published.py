@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import open_clip
 import timm
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ def swin(classes: int = CLASSES, size: int = SIZE, window: int = 4) -> nn.Module
 def convnext(classes: int = CLASSES, name: str = "convnext_tiny", **options: object) -> nn.Module:
     shape = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
     return timm.create_model(name, num_classes=classes, **(shape | options)).eval()
+
+
+def clip() -> nn.Module:
+    vision = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12}
+    text = {"context_length": 12, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2}
+    return open_clip.CLIP(16, vision, text).eval()
 
 
 def images(size: int = SIZE) -> Tensor:
