@@ -39,9 +39,7 @@ def finish(
     base.parent.mkdir(parents=True, exist_ok=True)
     state = built.model.state_dict()
     save_file({config.backbone.library_name(name): t.contiguous() for name, t in state.items()}, base)
-    config = config.model_copy(
-        update={"backbone": config.backbone.model_copy(update={"weights": str(base.resolve())})}
-    )
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": str(base.resolve())})})
     identity = fingerprint(built.model, built.head)
     config.method.inject(built)
     names = config.method.trainable(built)

@@ -369,11 +369,10 @@ class SnellParameter(nn.Module, SnellLayer):
 
     weight = bias = property()  # PEFT looks for a base layer's; there is none
 
-    def update_layer(self, adapter_name: str, config: SnellConfig) -> None:
-        """Adds an adapter, which starts at the base's value."""
+    def update_layer(self, adapter_name: str, device: str | None) -> None:
+        """Adds an adapter, which starts at the base's value; `device` other than the base's: one without numbers."""
         value = wide(self.home.detach().clone())
-        self.snell_value[adapter_name] = nn.Parameter(value)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.snell_value[adapter_name] = nn.Parameter(value.to(device or value.device))
 
     def forward(self, original: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -406,6 +405,7 @@ class SnellModel(BaseTuner):
         """PEFT's, after a look at all that is asked: a ValueError leaves the model as it was."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, SnellConfig)
+        self._prepare_adapter_config(config, self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         names = self._parameters_to_save(config, model)
         if state_dict is None:
@@ -417,10 +417,8 @@ class SnellModel(BaseTuner):
         places = own_parameters(model)
         for name in names:
             layer = parametrized(*places[name], adapter_name)
-            layer.update_layer(adapter_name, config)
+            layer.update_layer(adapter_name, "meta" if low_cpu_mem_usage else None)
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            if low_cpu_mem_usage:
-                layer.to("meta")
 
     def _targets(self, config: SnellConfig, model: nn.Module) -> dict[str, nn.Module]:
         """Base layers by name."""
