@@ -37,7 +37,7 @@ $(INSTALLED): setup.cfg pyproject.toml $(wildcard $(CONSTRAINTS))
 	  || { echo "Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev,benchmark,deepspeed,peft,quantized,report,trackers]'
+	  $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev,benchmark,deepspeed,export,peft,quantized,report,trackers]'
 	@touch $@
 
 # What is installed now becomes what binds; after a green run of the tests on newer versions.

@@ -31,15 +31,17 @@ def finish(
     said = {"name": "digits", "image_size": 8}
     sections = {"data": said, "task": {"name": task}, "train": {"steps": 1}, **sections}
     config = check({"backbone": dict(backbone), "method": dict(method), **sections}, Run)
-    built = config.task.build(config.backbone, list(classes))
-    for tensor in built.model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.normal_(0, scale).add_(1.0 if tensor.ndim < 2 else 0.0)
     base = folder.with_name(f"{folder.name}.base.safetensors")
     base.parent.mkdir(parents=True, exist_ok=True)
-    state = built.model.state_dict()
-    save_file({config.backbone.library_name(name): t.contiguous() for name, t in state.items()}, base)
-    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": str(base.resolve())})})
+    family = config.backbone
+    bare = family.towers() if family.head == "zeroshot" else config.task.build(family, list(classes))  # type: ignore[comparison-overlap]
+    for tensor in bare.model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_(0, scale).add_(1.0 if tensor.ndim < 2 else 0.0)
+    save_file({family.library_name(name): t.contiguous() for name, t in bare.model.state_dict().items()}, base)
+    family = family.model_copy(update={"weights": str(base.resolve())})
+    config = config.model_copy(update={"backbone": family})
+    built = config.task.build(family, list(classes))
     identity = fingerprint(built.model, built.head)
     config.method.inject(built)
     names = config.method.trainable(built)

@@ -6,6 +6,7 @@ nothing of the base is held: each weight is read when it is asked for, its delta
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,13 +43,12 @@ class Finished:
     def classes(self) -> list[str]:
         return self.summary["classes"]
 
-    @cached_property
+    @property
     def prepare(self) -> Callable[[Image.Image], Tensor]:
         """From a picture to what the model takes [C, H, W]."""
         from snell_dist.data import _transforms
 
-        transform, mode = _transforms.plain(self.preprocessing), "L" if self.preprocessing.channels == 1 else "RGB"
-        return lambda picture: transform(picture.convert(mode))
+        return _transforms.Prepare(self.preprocessing.channels, _transforms.plain(self.preprocessing))
 
     @property
     def base_sha256(self) -> str:
@@ -87,6 +87,7 @@ class Finished:
         """The adapted model, evaluating, on the CPU; stored as the run stored it, computing in float32."""
         backbone = self.base()
         self.config.method.inject(backbone)
+        self.check_tensors(backbone)
         precision.apply(self.config.precision, backbone.model, self.trained(backbone))
         for tensor in (*backbone.model.parameters(), *backbone.model.buffers()):
             if tensor.is_floating_point():
@@ -97,6 +98,15 @@ class Finished:
                 state[name].copy_(tensor)
         backbone.model.eval()
         return backbone
+
+    def check_tensors(self, injected: Backbone) -> None:
+        """UserError where the adapter file is not of this configuration, or of another number of classes."""
+        shapes = {name: list(tensor.shape) for name, tensor in injected.model.state_dict().items()}
+        for name, tensor in self.tensors.items():
+            if shapes.get(name) != list(tensor.shape):
+                made = f"{len(self.classes)} classes make {shapes[name]}" if name in shapes else "make none such"
+                said = f"{self.folder / adapter.ADAPTER}: has {name} {list(tensor.shape)}, but config.yaml and"
+                raise UserError(f"{said} {made}")
 
     def trained(self, injected: Backbone) -> list[str]:
         return self.config.method.trainable(injected)
@@ -133,6 +143,7 @@ class Folded(Mapping[str, Tensor]):
         with torch.device("meta"):
             run.config.method.inject(empty)
         methods.check_mergeable(empty.model)
+        run.check_tensors(empty)
         self._stored = _stored(run, empty)
         self._model = empty.model
 
@@ -157,11 +168,20 @@ class Folded(Mapping[str, Tensor]):
             return self._merged(path, module, tensor, packing)
         return PackedLinear(plain(tensor, None), packing).merged().weight if packing else tensor
 
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """The names of the adapted weights, and what is added to each of them, whole [out, in].
+
+        Where the base is kept in float32, `self[name]` is the base's weight plus this, to the bit.
+        """
+        for path, layer in methods.adapted_layers(self._model):
+            yield f"{path}.weight", self._merged(path, layer, torch.zeros(layer.weight.shape), None)
+
     def _merged(self, path: str, empty: AdaptedLinear, weight: Tensor, packing: Kind | None) -> Tensor:
-        layer = AdaptedLinear(plain(weight, None), empty.method, empty.parts, empty.adapted)
-        own = {*empty.factor_names, *empty.buffer_names}
-        for name in own:
-            getattr(layer, name).copy_(self._run.tensors[f"{path}.{name}"])
+        layer = copy.deepcopy(empty)
+        layer.bias = None  # type: ignore[assignment]
+        own = {name: self._run.tensors[f"{path}.{name}"] for name in (*empty.factor_names, *empty.buffer_names)}
+        layer.load_state_dict({"weight": weight, **own}, assign=True)
         if packing:
             layer.pack(packing)
         return layer.merged().weight

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snell_dist import finished, log
 from snell_dist.config import UserError, nearest
@@ -42,20 +42,31 @@ PROVEN_ON = 4  # images
 
 @dataclass(frozen=True)
 class Served:
-    """A model that says what is on a picture, whoever's file it came from."""
+    """A model that says what is on a picture, whoever's file it came from.
+
+    `model`: the module that `logits` calls, to be moved to another device; None: it stays on the CPU.
+    """
 
     logits: Callable[[Tensor], Tensor]  # images [B, C, H, W] to [B, classes]
     prepare: Callable[[Image.Image], Tensor]  # a picture to [C, H, W]
     classes: list[str]
     image_shape: tuple[int, int, int]
     about: str
+    model: nn.Module | None = None
+
+    def to(self, device: torch.device) -> torch.device:
+        """Moves the model there, if it can be moved. Returns where it is."""
+        if self.model is None:
+            return torch.device("cpu")
+        self.model.to(device)
+        return device
 
 
 @dataclass(frozen=True)
 class Exported:
     folder: Path
     bytes: int
-    error: float  # relative, of the logits of the reloaded model
+    error: float | None  # relative, of the logits of the reloaded model; None where none was reloaded
 
 
 def find(name: str) -> Any:
@@ -66,24 +77,38 @@ def find(name: str) -> Any:
 
 
 def own(folder: Path) -> str:
-    """The format of the library that a run's model is of."""
-    family = finished.read(folder).config.backbone.name
-    return "open_clip" if family == "clip" else "timm"
+    """The format of the library that a run's model is of; timm's for an image tower with a classifier."""
+    return "open_clip" if _read(folder).config.task.name == "contrastive" else "timm"
 
 
-def export(folder: Path, name: str, to: Path, dtype: str = "float32") -> Exported:
+def _read(folder: Path) -> Finished:
+    name = None if (folder / "config.yaml").is_file() else _holding(folder)
+    if name:
+        raise UserError(f"{folder}: holds {name}'s files, whose weights have a delta folded in already: name a run")
+    return finished.read(folder)
+
+
+def _holding(folder: Path) -> str | None:
+    """The format of a folder's files, where they are a whole model."""
+    formats = ((name, find(name)) for name in NAMES)
+    return next((name for name, format in formats if hasattr(format, "load") and format.holds(folder)), None)
+
+
+def export(folder: Path, name: str, to: Path, dtype: str = "float32", proven: bool = True) -> Exported:
     """Writes a finished run into a new folder in the format, once it has proven itself.
+
+    The proof has one whole model in memory at a time, writing one tensor.
 
     UserError where the run is not complete, the format cannot hold it, `to` exists, or the proof fails.
     """
     format = find(name)
     if to.exists():
         raise UserError(f"--to {to}: exists and stays as it is; choose another name")
-    run = finished.read(folder)
+    run = _read(folder)
     format.check(run)
     with new_folder(to) as place:
         format.write(run, place, DTYPES[dtype])
-        error = prove(run, format.reload(run, place), LIMITS[dtype])
+        error = prove(run, format.reload(run, place), LIMITS[dtype]) if proven else None
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     return Exported(to, size, error)
 
@@ -93,6 +118,7 @@ def prove(run: Finished, theirs: Served, limit: float) -> float:
     """The relative error |theirs - ours| / |ours| of logits on made-up images. UserError where it exceeds `limit`."""
     images = torch.randn(PROVEN_ON, *theirs.image_shape, generator=torch.Generator().manual_seed(0))
     found = theirs.logits(images).double()
+    del theirs  # one model at a time
     ours = serve_run(run).logits(images).double()
     error = ((found - ours).norm() / ours.norm()).item()
     if not error <= limit:
@@ -105,10 +131,9 @@ def serve(path: Path) -> Served:
     """A run folder, or a folder in any of the formats. UserError where it is neither."""
     if (path / "config.yaml").is_file():
         return serve_run(finished.read(path))
-    for name in NAMES:
-        format = find(name)
-        if hasattr(format, "load") and format.holds(path):
-            return format.load(path)
+    name = _holding(path)
+    if name:
+        return find(name).load(path)
     known = "a run folder, or what snell export wrote"
     raise UserError(f"{path}: {'is no model' if path.exists() else 'no such folder'}; expected is {known}")
 
@@ -121,4 +146,5 @@ def serve_run(run: Finished) -> Served:
         classes=run.classes,
         image_shape=backbone.image_shape,
         about=f"run {run.folder}",
+        model=backbone.model,
     )

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snell_dist.backbones.clip import Clip
 from snell_dist.config import UserError
 from snell_dist.files import write_atomic
-from snell_dist.formats import _transformers, _zero_shot
+from snell_dist.formats import _json, _transformers, _zero_shot
 from snell_dist.formats._zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     import torch
 
+    from snell_dist.backbones import BackboneSection
     from snell_dist.data import Preprocessing
     from snell_dist.finished import Finished
     from snell_dist.formats import Served
@@ -36,7 +38,7 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     theirs, backbone = _transformers.of(run), run.empty()
     if backbone.tokenize is not None:
         _zero_shot.write(folder, ZeroShot(run.classes, backbone.templates))
-        _write_tokenizer(folder, backbone.tokenized([""]).shape[1])
+        _write_tokenizer(folder, run.config.backbone)
     theirs.config.save_pretrained(folder)
     write_atomic(folder / PROCESSOR, json.dumps(_processor(run.preprocessing), indent=2))
     library_name = run.config.backbone.library_name
@@ -58,18 +60,21 @@ def _processor(said: Preprocessing) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_tokenizer(folder: Path, context: int) -> None:
-    """CLIP's byte pairs, which open_clip ships, in the files of CLIPTokenizer."""
-    from open_clip import SimpleTokenizer
-
-    ours: Any = SimpleTokenizer()
+def _write_tokenizer(folder: Path, section: BackboneSection) -> None:
+    """CLIP's byte pairs, which open_clip ships, in the files of CLIPTokenizer; any other is Transformers' already."""
+    assert isinstance(section, Clip)
+    ours = section.tokenizer()
+    if hasattr(ours, "save_pretrained"):
+        ours.save_pretrained(folder)
+        return
     special = {ours.sot_token_id: START, ours.eot_token_id: END}
     vocabulary = {special.get(i, token): i for token, i in ours.encoder.items()}
     merges = sorted(ours.bpe_ranks, key=ours.bpe_ranks.get)
     write_atomic(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
     write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     said = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": context, "do_lower_case": True, "bos_token": START,
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": ours.context_length, "do_lower_case": True,
+        "bos_token": START,
         "eos_token": END, "unk_token": END, "pad_token": END,
     }  # fmt: skip
     write_atomic(folder / "tokenizer_config.json", json.dumps(said, indent=2))
@@ -80,8 +85,7 @@ def reload(run: Finished, folder: Path) -> Served:
 
 
 def holds(folder: Path) -> bool:
-    file = folder / CONFIG
-    return file.is_file() and "architectures" in json.loads(file.read_text())
+    return "architectures" in _json.read(folder / CONFIG)
 
 
 def load(folder: Path) -> Served:
@@ -89,7 +93,7 @@ def load(folder: Path) -> Served:
     from snell_dist.formats import Served
 
     transformers = _transformers.library()
-    name = json.loads((folder / CONFIG).read_text())["architectures"][0]
+    name = _json.read(folder / CONFIG)["architectures"][0]
     model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

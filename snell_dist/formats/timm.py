@@ -11,6 +11,7 @@ from snell_dist.backbones import _timm
 from snell_dist.backbones.clip import Clip
 from snell_dist.config import UserError
 from snell_dist.files import write_atomic
+from snell_dist.formats import _json
 
 if TYPE_CHECKING:
     import torch
@@ -108,25 +109,24 @@ def reload(run: Finished, folder: Path) -> Served:
 
 
 def holds(folder: Path) -> bool:
-    file = folder / CONFIG
-    return file.is_file() and "architecture" in json.loads(file.read_text())
+    return "architecture" in _json.read(folder / CONFIG)
 
 
 def load(folder: Path) -> Served:
     import timm
     from timm.data import create_transform, resolve_data_config
 
+    from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
     config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    grey = config["input_size"][0] == 1
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     return Served(
         logits=model,
-        prepare=lambda picture: transform(picture.convert("L" if grey else "RGB")),
+        prepare=Prepare(config["input_size"][0], create_transform(**config)),
         classes=list(names),
         image_shape=config["input_size"],
         about=f"timm {model.pretrained_cfg['architecture']}",
+        model=model,
     )

@@ -143,6 +143,13 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
         )
 
 
+def add_into(delta: Tensor, weight: Tensor) -> Tensor:
+    """weight + delta, in the delta's memory where its dtype can hold the sum."""
+    import torch
+
+    return delta.add_(weight) if torch.result_type(delta, weight) == delta.dtype else weight + delta
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     """Qualified names and layers that carry factors."""
     from snell_dist.adapted import AdaptedLinear

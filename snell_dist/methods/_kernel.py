@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from snell_dist.anatomy import Backbone, select_parts
-from snell_dist.methods import LinearMethod, adapted_layers, check_rank
+from snell_dist.methods import LinearMethod, adapted_layers, add_into, check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,7 +95,7 @@ class KernelMethod(LinearMethod):
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
         from snell_dist import ops
 
-        return layer.rows(layer.dense) + ops.merge_delta(**self._delta(layer))
+        return add_into(ops.merge_delta(**self._delta(layer)), layer.rows(layer.dense))
 
     def _delta(self, layer: AdaptedLinear) -> dict[str, Any]:
         """What defines the delta of a layer."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from snell_dist.methods import LinearMethod, check_rank
+from snell_dist.methods import LinearMethod, add_into, check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Lora(LinearMethod):
         return {"a": a, "b": b} | ({"m": _lengths(linear.weight.float())} if self.dora else {})
 
     def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
+        import torch
         from torch.nn import functional as F
 
         y, dropped = layer.frozen(x), F.dropout(x, self.dropout, layer.training)
@@ -65,22 +66,23 @@ class Lora(LinearMethod):
         b = layer.b.unflatten(0, (layer.groups, -1))
         delta = self.scale * _cat([low[..., g, :] @ b[g].t() for g in range(layer.groups)])
         if self.dora:
-            ratio, base = self._ratio(layer), F.linear(x, layer.rows(layer.dense))
+            with torch.no_grad():
+                weight = add_into(self._delta(layer), layer.rows(layer.dense))
+            ratio, base = self._ratio(layer, weight), F.linear(x, layer.rows(layer.dense))
             delta = (ratio - 1) * base + ratio * delta
         return layer.add(y, delta)
 
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
-        weight = layer.rows(layer.dense) + self._delta(layer)
-        return self._ratio(layer).unsqueeze(1) * weight if self.dora else weight
+        weight = add_into(self._delta(layer), layer.rows(layer.dense))
+        return weight.mul_(self._ratio(layer, weight).unsqueeze(1)) if self.dora else weight
 
     def _delta(self, layer: AdaptedLinear) -> Tensor:
         a = layer.a.unflatten(1, (layer.groups, self.rank))
         b = layer.b.unflatten(0, (layer.groups, -1))
-        return self.scale * (b @ a.permute(1, 2, 0)).flatten(0, 1)
+        return (b @ a.permute(1, 2, 0)).flatten(0, 1).mul_(self.scale)
 
-    def _ratio(self, layer: AdaptedLinear) -> Tensor:
+    def _ratio(self, layer: AdaptedLinear, weight: Tensor) -> Tensor:
         """[out]: trained length over present length, which is a constant to the gradient (section 4.3 of DoRA)."""
-        weight = layer.rows(layer.dense).detach().float() + self._delta(layer).detach()
         return (layer.get_parameter("m") / _lengths(weight)).squeeze(1)
 
 

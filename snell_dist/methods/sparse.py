@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.config import ConfigError, Problem
-from snell_dist.methods import LinearMethod, adapted_layers
+from snell_dist.methods import LinearMethod, adapted_layers, add_into
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Sparse(LinearMethod):
         return layer.add(layer.frozen(x), recomputed(_apart, x, delta, mask))
 
     def merged_weight(self, layer: AdaptedLinear) -> Tensor:
-        return layer.rows(layer.dense) + layer.get_parameter("delta") * layer.get_buffer("mask")
+        return add_into(layer.get_parameter("delta") * layer.get_buffer("mask"), layer.rows(layer.dense))
 
     def calibration(self) -> int:
         return self.calibration_batches if self.criterion == "sensitivity" else 0
