@@ -258,7 +258,7 @@ class SnellLinear(nn.Module, SnellLayer):
         SnellLayer.__init__(self, adapter_name)
         self.base_layer = base_layer
         self.forms: dict[str, Form] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter, the entries that it changed
+        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter: which entries it changed, and those
 
     @property
     def home(self) -> Tensor:
@@ -328,8 +328,8 @@ class SnellLinear(nn.Module, SnellLayer):
                     "model in full precision and merge there."
                 )
             delta = self.get_delta_weight(adapter)
-            places = delta.nonzero().t().int()  # [2, changed entries]
-            self._before.append((places, weight[tuple(places)]))
+            changed = delta != 0
+            self._before.append((changed, weight[changed]))
             weight.add_(delta)
             self.merged_adapters.append(adapter)
 
@@ -340,9 +340,9 @@ class SnellLinear(nn.Module, SnellLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.merged_adapters.pop()
-            places, before = self._before.pop()
+            changed, before = self._before.pop()
             weight = self.home.data
-            weight[tuple(places.to(weight.device))] = before.to(weight)
+            weight[changed.to(weight.device)] = before.to(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
