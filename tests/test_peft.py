@@ -85,7 +85,7 @@ MODELS: dict[Callable[[], nn.Module], tuple[Run, dict[str, Any]]] = {
     clip: (lambda m: m(pixel_values=IMAGES, input_ids=TOKENS).logits_per_image, {}),
     llama: (lambda m: m(input_ids=TOKENS).logits, {"task_type": "CAUSAL_LM"}),
     gpt2: (lambda m: m(input_ids=TOKENS).logits, {"parameters_to_save": ["*.c_attn.bias"]}),
-    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "pos_embed"]}),
+    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "*.fc1.bias"]}),
 }
 
 
