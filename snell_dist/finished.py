@@ -171,7 +171,7 @@ class Folded(Mapping[str, Tensor]):
 
     def _merged(self, path: str, empty: AdaptedLinear, weight: Tensor, packing: Kind | None) -> Tensor:
         layer = copy.deepcopy(empty)
-        layer.bias = None
+        layer.bias = None  # type: ignore[assignment]
         own = {name: self._run.tensors[f"{path}.{name}"] for name in (*empty.factor_names, *empty.buffer_names)}
         layer.load_state_dict({"weight": weight, **own}, assign=True)
         if packing:
