@@ -35,23 +35,31 @@ class Measured:
     confidence: Tensor  # probability of the predicted class
 
 
-@torch.no_grad()  # not inference_mode: FSDP2 cannot train on after it
 def evaluate(
     engine: Engine, logits_of: Callable[[Batch], Tensor], images: Images, classes: int, data: DataSection
 ) -> Measured:
-    """logits_of: a batch to [B, classes]."""
+    """logits_of: a batch to [B, classes]; the engine's model evaluates meanwhile."""
+    training = engine.model.training
+    engine.model.eval()
+    found = measure(logits_of, images, classes, data, engine.device)
+    engine.model.train(training)
+    return found
+
+
+@torch.no_grad()  # not inference_mode: FSDP2 cannot train on after it
+def measure(
+    logits_of: Callable[[Batch], Tensor], images: Images, classes: int, data: DataSection, device: torch.device
+) -> Measured:
+    """logits_of: a batch on the device to [B, classes]."""
     heartbeat.enter("evaluate")
     from torchmetrics.functional.classification import binary_calibration_error, multiclass_accuracy  # seconds
 
-    training = engine.model.training
-    engine.model.eval()
     rows, sizes = [], []
     for batch in every_once(images, data):
         heartbeat.enter("evaluate")
-        batch = batch.to(engine.device)
+        batch = batch.to(device)
         rows.append(_rows(logits_of(batch).float(), batch.labels))
         sizes.append(len(batch.labels))
-    engine.model.train(training)
     mine = torch.cat(rows)
     ranks = dist.gather_rows(mine).view(-1, *mine.shape).split(sizes, dim=1)  # a batch: [ranks, B, 5]
     whole = torch.cat([batch.flatten(0, 1) for batch in ranks]).cpu()

@@ -43,13 +43,12 @@ class Finished:
     def classes(self) -> list[str]:
         return self.summary["classes"]
 
-    @cached_property
+    @property
     def prepare(self) -> Callable[[Image.Image], Tensor]:
         """From a picture to what the model takes [C, H, W]."""
         from snell_dist.data import _transforms
 
-        transform, mode = _transforms.plain(self.preprocessing), "L" if self.preprocessing.channels == 1 else "RGB"
-        return lambda picture: transform(picture.convert(mode))
+        return _transforms.Prepare(self.preprocessing.channels, _transforms.plain(self.preprocessing))
 
     @property
     def base_sha256(self) -> str:
@@ -168,6 +167,15 @@ class Folded(Mapping[str, Tensor]):
         if leaf == "weight" and isinstance(module, AdaptedLinear):
             return self._merged(path, module, tensor, packing)
         return PackedLinear(plain(tensor, None), packing).merged().weight if packing else tensor
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """The names of the adapted weights, and what is added to each of them, whole [out, in].
+
+        Where the base is kept in float32, `self[name]` is the base's weight plus this, to the bit.
+        """
+        for path, layer in methods.adapted_layers(self._model):
+            yield f"{path}.weight", self._merged(path, layer, torch.zeros(layer.weight.shape), None)
 
     def _merged(self, path: str, empty: AdaptedLinear, weight: Tensor, packing: Kind | None) -> Tensor:
         layer = copy.deepcopy(empty)

@@ -68,8 +68,6 @@ def adopt(
     the tensors are not those.
     """
     config = loaded.config
-    if to.exists():
-        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
     try:
         device = dist.pick_device(config.train.device)
         with meeting.process_group(device):

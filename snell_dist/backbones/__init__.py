@@ -7,7 +7,7 @@ needs to know of it without knowing the family.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,7 +17,17 @@ from snell_dist.anatomy import Backbone
 from snell_dist.config import ConfigError, Plugin, Problem, Section, check
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from snell_dist.weights import Published
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of published weights: their name on the Hugging Face hub and their licence; None where it is not known."""
+
+    hub: str | None = None
+    license: str | None = None
 
 
 class BackboneSection(Section):
@@ -52,6 +62,10 @@ class BackboneSection(Section):
         """The weights that the family's library knows by this tag. UserError where they cannot be had."""
         raise NotImplementedError
 
+    def origin(self, tag: str) -> Origin:
+        """What the family's library says of the weights that it knows by this tag, without a look at them."""
+        return Origin()
+
     def own_name(self, name: str) -> str:
         """Our name for a parameter that the family's library calls `name`."""
         return name
@@ -59,6 +73,10 @@ class BackboneSection(Section):
     def library_name(self, name: str) -> str:
         """The other way: what the family's library calls our parameter."""
         return name
+
+    def library_model(self, classes: int) -> nn.Module:
+        """The model as the family's library itself makes it, without weights; a family of towers has both."""
+        return self.make(classes).model
 
     def build(self, classes: Sequence[str]) -> Backbone:
         """The model with its weights. ConfigError or UserError where either cannot be had."""

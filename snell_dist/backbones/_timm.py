@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snell_dist import limits
+from snell_dist.backbones import Origin
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -71,3 +72,14 @@ def tagged(arch: str, tag: str) -> Published:
         message = f"timm cannot load them for {arch}: {first_line(error)}"
         raise UserError(f"backbone.weights = {tag!r}: {message}") from None
     return Published(f"{arch}.{tag}", "timm", dict(model.state_dict()))
+
+
+def origin(arch: str, tag: str) -> Origin:
+    """As timm's own table has it."""
+    import timm
+
+    name = f"{arch}.{tag}"
+    if name not in timm.list_pretrained(arch + ".*"):
+        return Origin()
+    said: Any = timm.get_pretrained_cfg(name)
+    return Origin(said.hf_hub_id, said.license)

@@ -54,12 +54,17 @@ class Classifier(nn.Module):
         return self.head(F.normalize(features, dim=-1) if self.normalize else features)
 
 
-def make(settings: dict[str, Any], fused: bool = True) -> nn.Module:
-    """open_clip's model of these settings, without weights, its attention rewritten, fused or as written."""
+def plain(settings: dict[str, Any]) -> Any:
+    """open_clip's model of these settings, without weights."""
     custom = settings.pop("custom_text", False) or "timm_model_name" in settings["vision_cfg"]
     if "timm_model_name" in settings["vision_cfg"]:
         settings["vision_cfg"]["timm_model_pretrained"] = False
-    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
+
+
+def make(settings: dict[str, Any], fused: bool = True) -> nn.Module:
+    """The same, its attention rewritten, fused or as written."""
+    model = plain(settings)
     for parent in list(model.modules()):
         if hasattr(parent, "fused_attn"):  # of a tower that timm makes
             parent.fused_attn = fused

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from snell_dist.anatomy import Backbone, find_blocks, linears, number
-from snell_dist.backbones import BackboneSection, display
+from snell_dist.backbones import BackboneSection, Origin, display
 from snell_dist.config import ConfigError, Problem, UserError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class Clip(BackboneSection):
         head = _towers.new_head(int(self.settings()["embed_dim"]), classes)
         return self._backbone(_towers.Classifier(model.visual, head), shape, ["head"])
 
+    def library_model(self, classes: int) -> nn.Module:
+        from snell_dist.backbones import _towers
+
+        return _towers.plain(self.settings())
+
     def build(self, classes: Sequence[str]) -> Backbone:
         if self.head != "zeroshot":
             return super().build(classes)
@@ -105,6 +110,10 @@ class Clip(BackboneSection):
             message = f"open_clip cannot load them for {self.size}: {first_line(error)}"
             raise UserError(f"backbone.weights = {tag!r}: {message}") from None
         return Published(f"{self.size} {tag}", "open_clip", dict(model.state_dict()))
+
+    def origin(self, tag: str) -> Origin:
+        said = _open_clip().get_pretrained_cfg(self.size, tag) or {}
+        return Origin(said.get("hf_hub", "").strip("/") or None, said.get("license"))
 
     def settings(self) -> dict[str, Any]:
         """open_clip's configuration with our own shape in it."""

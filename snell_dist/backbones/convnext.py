@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.anatomy import Backbone, linears, number
-from snell_dist.backbones import BackboneSection, _timm, display
+from snell_dist.backbones import BackboneSection, Origin, _timm, display
 from snell_dist.config import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -66,3 +66,6 @@ class Convnext(BackboneSection):
 
     def tagged(self, tag: str) -> Published:
         return _timm.tagged(_timm.architecture(self.size, SHORT, MODULES), tag)
+
+    def origin(self, tag: str) -> Origin:
+        return _timm.origin(_timm.architecture(self.size, SHORT, MODULES), tag)

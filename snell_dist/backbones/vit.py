@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from snell_dist.anatomy import Backbone, linears, number
-from snell_dist.backbones import BackboneSection, _timm, display
+from snell_dist.backbones import BackboneSection, Origin, _timm, display
 from snell_dist.config import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ class Vit(BackboneSection):
 
     def tagged(self, tag: str) -> Published:
         return _timm.tagged(self._arch(), tag)
+
+    def origin(self, tag: str) -> Origin:
+        return _timm.origin(self._arch(), tag)
 
     def _arch(self) -> str:
         arch = _timm.architecture(self.size, SHORT, MODULES)

@@ -6,6 +6,7 @@ A theme has `add(commands)`, which adds its commands to the parser; each names t
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -13,12 +14,12 @@ import time
 from collections.abc import Sequence
 
 from snell_dist import dist
-from snell_dist.cli import catalogue, checkpoints, data, doctor, launch, memory, runs, share
+from snell_dist.cli import catalogue, checkpoints, data, doctor, launch, memory, runs, serve, share
 from snell_dist.cli._common import tell_keeper
 from snell_dist.config import UserError, trouble
 from snell_dist.exits import Exit
 
-THEMES = runs, share, launch, memory, data, checkpoints, doctor, catalogue  # as `snell --help` has them
+THEMES = runs, serve, share, launch, memory, data, checkpoints, doctor, catalogue  # as `snell --help` has them
 LAUNCH_VERBS = ("launch", "hosts"), ("launch", "lint")  # beside `launch CONFIG`
 REPEATED_S = 3
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What these write to the terminal by themselves is noise here; set the variables to hear it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     args = _parse(arguments)
     try:
         return args.command(args)

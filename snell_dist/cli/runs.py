@@ -62,10 +62,14 @@ def add(commands: Commands) -> None:
 
     measure = commands.add_parser(
         "eval",
-        help="accuracy of a base before training, or of a finished run",
-        description="Accuracy and loss of a configuration's base as it is (zero-shot, for CLIP), or of a finished run.",
+        help="accuracy of a base before training, of a finished run, or of what was exported",
+        description="Accuracy and loss of a configuration's base as it is (zero-shot, for CLIP), of a finished run, or,"
+        " with --data, of a run or of what snell export wrote, served by its own library.",
     )
-    measure.add_argument("config", help="a configuration, or a run folder")
+    measure.add_argument("config", help="a configuration, a run folder; with --data: what snell export wrote")
+    measure.add_argument(
+        "--data", metavar="CONFIG", help="whose images to look at; overrides are of this configuration"
+    )
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     measure.add_argument("--split", choices=["val", "test"], default="test", help="which images (default: test)")
     measure.add_argument("--out", type=Path, default=Path("runs"), help="where bases are trained (default: runs)")
@@ -160,6 +164,10 @@ def _eval(args: argparse.Namespace) -> int:
     from snell_dist.run_folder import config_of
 
     folder = Path(args.config) if Path(args.config).is_dir() else None
+    if args.data:
+        return _eval_served(args)
+    if folder and not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: is no run folder, so say whose images it shall look at: --data CONFIG")
     loaded = load(str(config_of(folder)) if folder else args.config, args.overrides, Run)
     from snell_dist import log
     from snell_dist.job import measure
@@ -170,6 +178,22 @@ def _eval(args: argparse.Namespace) -> int:
         what = str(folder) if folder else f"the base of {args.config}"
         print(f"{args.split} accuracy {found['accuracy']:.4f} loss {found['loss']:.4f}  {what}")
     return 0
+
+
+def _eval_served(args: argparse.Namespace) -> int:
+    from snell_dist.config import load
+    from snell_dist.run_config import Run
+    from snell_dist.run_folder import config_of
+
+    source = str(config_of(Path(args.data))) if Path(args.data).is_dir() else args.data
+    loaded = load(source, args.overrides, Run)
+    from snell_dist import log, predict
+
+    log.set_up()
+    found = predict.accuracy(Path(args.config), loaded, args.split)
+    if dist.rank() == 0:
+        print(f"{args.split} accuracy {found['accuracy']:.4f} loss {found['loss']:.4f}  {args.config}")
+    return Exit.DONE
 
 
 def _reproduce(args: argparse.Namespace) -> int:

@@ -42,8 +42,8 @@ class Files:
         return self.root / self.names[index]
 
 
-def read(file: Path) -> Image.Image:
-    """The picture in RGB. UserError where it is missing, empty, cut off or no image."""
+def read(file: Path, advice: str = "; snell data check finds all such files") -> Image.Image:
+    """The picture in RGB. UserError, with advice, where it is missing, empty, cut off or no image."""
     from PIL import Image
 
     try:
@@ -54,7 +54,7 @@ def read(file: Path) -> Image.Image:
     except Exception as error:  # PIL's decoders raise all kinds
         empty = file.is_file() and file.stat().st_size == 0
         what = "is empty" if empty else f"is no whole image ({first_line(error)})"
-        raise UserError(f"{file}: {what}; snell data check finds all such files") from None
+        raise UserError(f"{file}: {what}{advice}") from None
 
 
 def lines(file: Path, classes: int) -> tuple[list[str], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snell_dist.data import Preprocessing
@@ -12,6 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """A picture, in the colours that a model takes, to [C, H, W]; other processes may be sent it."""
+
+    channels: int
+    transform: Transform
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.transform(picture.convert("L" if self.channels == 1 else "RGB"))
+
 
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # the released code's, for every checkpoint

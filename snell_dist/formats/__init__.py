@@ -4,6 +4,8 @@
     check(run)                 UserError where the format cannot hold this run, saying which can
     write(run, folder, dtype)  the library's own files, and nothing else
     reload(run, folder)        what the library makes of the files, as a `Served`; on the base, where they need one
+    LIBRARY                    what the hub calls the library
+    usage(run)                 how that opens the folder it is run in, in a few lines of Python, for the model card
 
 and, where the files are a whole model,
 
@@ -23,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from snell_dist import finished, log
+from snell_dist import card, finished, log
 from snell_dist.config import UserError, nearest
 from snell_dist.files import new_folder
 from snell_dist.finished import Finished
@@ -42,13 +44,24 @@ PROVEN_ON = 4  # images
 
 @dataclass(frozen=True)
 class Served:
-    """A model that says what is on a picture, whoever's file it came from."""
+    """A model that says what is on a picture, whoever's file it came from.
+
+    `model`: the module that `logits` calls, to be moved to another device; None: it stays on the CPU.
+    """
 
     logits: Callable[[Tensor], Tensor]  # images [B, C, H, W] to [B, classes]
     prepare: Callable[[Image.Image], Tensor]  # a picture to [C, H, W]
     classes: list[str]
     image_shape: tuple[int, int, int]
     about: str
+    model: nn.Module | None = None
+
+    def to(self, device: torch.device) -> torch.device:
+        """Moves the model there, if it can be moved. Returns where it is."""
+        if self.model is None:
+            return torch.device("cpu")
+        self.model.to(device)
+        return device
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,15 @@ def export(folder: Path, name: str, to: Path, dtype: str = "float32", proven: bo
     with new_folder(to) as place:
         format.write(run, place, DTYPES[dtype])
         error = prove(run, format.reload(run, place), LIMITS[dtype]) if proven else None
+        card.write(place, run, name, format.LIBRARY, format.usage(run), _proof(error, dtype))
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     return Exported(to, size, error)
+
+
+def _proof(error: float | None, dtype: str) -> str:
+    if error is None:
+        return f"Weights in {dtype}; not compared with the run (`--unproven`)."
+    return f"Weights in {dtype}; reloaded, their logits differ from the run's by {error:.1e}, relative."
 
 
 @torch.no_grad()
@@ -135,4 +155,5 @@ def serve_run(run: Finished) -> Served:
         classes=run.classes,
         image_shape=backbone.image_shape,
         about=f"run {run.folder}",
+        model=backbone.model,
     )

@@ -88,12 +88,11 @@ def _transformers_names(
     counterpart = _transformers.counterpart(ours, config.backbone, [str(i) for i in range(classes)])
     with torch.device("meta"):
         theirs = getattr(_transformers.library(), counterpart.name)(counterpart.config)
-    known = dict(theirs.named_modules())
-    foreign = [home for home in homes if home not in known]
-    if foreign:
+    unknown = [[h for h in homes if h not in dict(model.named_modules())] for model in (ours.model, theirs)]
+    if all(unknown):
         raise UserError(
-            f"{folder}: adapts {foreign[0]}, which neither {ours.name} nor Transformers' {counterpart.name} has:"
-            " backbone.name and backbone.size decide"
+            f"{folder}: adapts {min(unknown, key=len)[0]}, which neither {ours.name} nor Transformers'"
+            f" {counterpart.name} has: backbone.name and backbone.size decide"
         )
     return _separate.Names(config.backbone, counterpart, theirs), theirs
 

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snell_dist.adapted import AdaptedLinear
@@ -31,7 +30,7 @@ from snell_dist.methods._kernel import KernelMethod
 from snell_dist.methods.lora import Lora
 from snell_dist.methods.snella import Snella
 from snell_dist.peft import FUSED, PREFIX, SCALARS, SnellConfig, by_name, fingerprint
-from snell_dist.tensor_files import read_tensors
+from snell_dist.tensor_files import FOR_TORCH, read_tensors, write_tensors
 
 T = TypeVar("T")
 HOME = "base_model.model."
@@ -84,8 +83,11 @@ def from_peft(config: PeftConfig, state: Mapping[str, Tensor], model: nn.Module)
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in values.items():
-            if name not in places or places[name].shape != tensor.shape:
-                raise UserError(f"{name} {list(tensor.shape)}: the model has no such tensor; is the adapter another's?")
+            if name not in places:
+                raise UserError(f"the adapter has {name}, which is no tensor of the model: is it another model's?")
+            if places[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, and the model {list(places[name].shape)}"
+                raise UserError(f"the adapter has {name} {shapes}: another model, or another number of classes?")
             places[name].copy_(tensor)
     return values
 
@@ -94,8 +96,7 @@ def write(folder: Path, config: PeftConfig, state: Mapping[str, Tensor]) -> None
     """PEFT's two files."""
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, state, FOR_TORCH)
 
 
 def read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

@@ -93,12 +93,12 @@ def fused(
         for key in (*first.factor_names, *first.buffer_names):
             pieces = [rest.pop(f"{homes[part]}.{key}") for part in adapted]
             found[f"{target.layer}.{key}"] = torch.cat(pieces, dim=_along(key))
-    shapes = ours.model.state_dict()
-    for name, shape in shapes.items():
-        parts = names.published(name, torch.empty(shape.shape, device="meta"))
-        if any(each in rest for each, _ in parts):
-            whole = torch.cat([rest.pop(each).reshape(part.shape) for each, part in parts])
-            found[name] = whole.T if len(parts) == 1 and whole.shape != shape.shape else whole.reshape(shape.shape)
+    for name, tensor in ours.model.state_dict().items():
+        if any(each in rest for each, _ in names.published(name, tensor)):
+            found[name] = whole = torch.empty(tensor.shape)
+            places = torch.arange(tensor.numel()).view(tensor.shape)  # published, they say where each entry goes
+            for each, part in names.published(name, places):
+                whole.view(-1)[part.flatten()] = rest.pop(each).float().flatten()
     if rest:
         raise KeyError(next(iter(rest)))
     return layers, found

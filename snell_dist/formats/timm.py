@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from snell_dist.formats._renamed import Publish
 
 ABOUT = "timm's config.json and model.safetensors, the delta folded in"
+LIBRARY = "timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CROP = {"squeeze": (1.0, "squash"), "centre": (224 / 256, "center")}  # timm's crop_pct and crop_mode
 
@@ -108,6 +109,17 @@ def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
 
 
+def usage(run: Finished) -> str:
+    return f'''\
+import timm
+from PIL import Image
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # from the hub: "hf-hub:ORG/NAME"
+prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+logits = model(prepare(Image.open("picture.png").convert("{run.preprocessing.mode}")).unsqueeze(0))
+print(model.pretrained_cfg["label_names"][logits.argmax()])'''
+
+
 def holds(folder: Path) -> bool:
     return "architecture" in _json.read(folder / CONFIG)
 
@@ -116,17 +128,17 @@ def load(folder: Path) -> Served:
     import timm
     from timm.data import create_transform, resolve_data_config
 
+    from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
     config = resolve_data_config({}, model=model)
-    transform = create_transform(**config)
-    grey = config["input_size"][0] == 1
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     return Served(
         logits=model,
-        prepare=lambda picture: transform(picture.convert("L" if grey else "RGB")),
+        prepare=Prepare(config["input_size"][0], create_transform(**config)),
         classes=list(names),
         image_shape=config["input_size"],
         about=f"timm {model.pretrained_cfg['architecture']}",
+        model=model,
     )

@@ -45,7 +45,7 @@ class Contrastive(TaskSection):
 
         def logits(images: Tensor) -> Tensor:
             features, _, scale, *_ = model(images, None)
-            return scale * features @ directions.t()
+            return scale * features @ directions.to(features.device).t()
 
         return logits
 

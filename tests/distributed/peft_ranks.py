@@ -27,8 +27,8 @@ def base() -> torch.nn.Module:
     torch.manual_seed(0)
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4,
-            num_labels=5,
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16,
+            patch_size=4, num_labels=5,
         )
     )  # fmt: skip
 
