@@ -274,6 +274,20 @@ def test_a_merge_is_the_models_own_format(runs: Runs, tmp_path: Path) -> None:
     assert "did you mean 'timm'?" in refusal(runs.get("vit"), "tim", tmp_path / "c")
 
 
+def test_a_fused_matrix_is_folded_once_for_the_three_it_becomes(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    fold = finished.Folded.__getitem__
+    monkeypatch.setattr(finished.Folded, "__getitem__", lambda self, name: made.append(name) or fold(self, name))
+    formats.export(runs.get("vit"), "hf", tmp_path / "out", proven=False)
+    assert sorted(made) == sorted(set(made)) and "blocks.0.attn.qkv.weight" in made
+    with (tmp_path / "out" / "model.safetensors").open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    del header["__metadata__"]
+    assert sorted(header) == sorted(header, key=lambda name: header[name]["data_offsets"])
+
+
 UNFIT = [
     ("open_clip", "vit", "is of timm: choose timm, hf or onnx"),
     ("open_clip", "clip", "has a classifier and no text tower: choose timm or onnx"),
