@@ -17,10 +17,6 @@ from snell_dist.data import Preprocessing
 from snell_dist.run_config import Run
 
 CLASSES = "two words", "b", "c"
-PROTOCOL = {
-    "dataset": "made up", "select": "val", "chosen": "made up", "marked": False, "test_looks": 0, "seed": 0, "steps": 0,
-    "epochs": 0.0, "batch_size": 1, "world_size": 1,
-}  # fmt: skip
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -63,9 +59,13 @@ def finish(
     preprocessing = Preprocessing(size, channels, resize, "bicubic", MEAN[:channels], STD[:channels])  # type: ignore[arg-type]
     summary = {
         "method": config.method.name, "base": built.name, "base_weights": str(base.resolve()),
-        "base_sha256": identity, "classes": list(classes), "preprocessing": asdict(preprocessing), "protocol": PROTOCOL,
-        "parameters": sum(p.numel() for p in built.model.parameters()),
-        "trainable_parameters": sum(state[name].numel() for name in names), "test_accuracy": 0.0,
+        "base_sha256": identity, "classes": list(classes), "preprocessing": asdict(preprocessing),
+        "trainable_parameters": sum(kept[name].numel() for name in names),
+        "parameters": sum(tensor.numel() for tensor in state.values()), "test_accuracy": 1 / len(classes),
+        "protocol": {
+            "dataset": "made-up images", "select": "last", "chosen": "no step was made", "marked": False,
+            "test_looks": 0, "steps": 0, "epochs": 0.0, "seed": 0, "batch_size": 1, "world_size": 1,
+        },
     }  # fmt: skip
     run_folder.write_summary(folder, summary)
     return folder

@@ -217,10 +217,12 @@ class Resident:
 
     @property
     def tasks(self) -> list[str]:
+        """Their names, in the order in which they were added."""
         return list(self._tasks)
 
     @property
     def in_use(self) -> str | None:
+        """The name of the task in use; None for the bare base."""
         return self._in_use
 
     @property

@@ -4,6 +4,7 @@ Oracles: the formulas in float64 (tests/ops/naive.py), the harness's own layers 
 same calls, and the libraries' own loaders.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -82,7 +83,7 @@ MODELS: dict[Callable[[], nn.Module], tuple[Run, dict[str, Any]]] = {
     dinov2: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"], "parameters_to_save": ["*.norm1.bias"]}),
     swin: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"]}),
     clip: (lambda m: m(pixel_values=IMAGES, input_ids=TOKENS).logits_per_image, {}),
-    llama: (lambda m: m(input_ids=TOKENS).logits, {}),
+    llama: (lambda m: m(input_ids=TOKENS).logits, {"task_type": "CAUSAL_LM"}),
     gpt2: (lambda m: m(input_ids=TOKENS).logits, {"parameters_to_save": ["*.c_attn.bias"]}),
     timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "pos_embed"]}),
 }
@@ -422,6 +423,8 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     model.base_model.set_adapter(["default", "other"])
     both = moved(model)(IMAGES)
     weight = model.base_model.model.blocks[0].mlp.fc1.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="SNELL adapters cannot be mixed in one batch"):
+        model(IMAGES, adapter_names=["default", "other"])
     model.merge_adapter(["other"])
     model.merge_adapter(["default"])
     assert relative(model(IMAGES), both) < 1e-6
@@ -429,6 +432,17 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     assert torch.equal(model.base_model.model.blocks[0].mlp.fc1.base_layer.weight, weight)
     assert torch.equal(model(IMAGES), both)
     assert relative(model.merge_and_unload()(IMAGES), both) < 1e-6
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = moved(get_peft_model(made(timm_vit), config(parameters_to_save=["cls_token", "*.fc1.bias"])))
+    after, copied = model(IMAGES), copy.deepcopy(model)
+    moved(model)
+    assert torch.equal(copied(IMAGES), after)
+    copied.merge_adapter()
+    copied.unmerge_adapter()
+    assert torch.equal(copied(IMAGES), after)
+    assert relative(copied.merge_and_unload()(IMAGES), after) < 1e-6
 
 
 def test_a_seed_draws_the_same_factors() -> None:
