@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snell_dist import job, log
-from snell_dist.config import Loaded, UserError
+from snell_dist.config import Loaded, UserError, check
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome
 
@@ -40,5 +40,5 @@ def bring(loaded: Loaded[Run], folder: Path, to: Path, out: Path) -> Outcome:
         adopted.check_base(folder, built.engine.model)
         return adopted.tensors
 
-    settled = replace(loaded, config=config.model_copy(update={"method": adopted.method}))
-    return job.adopt(settled, to, out, str(folder), trained)
+    settled = check(config.model_dump() | {"method": adopted.method.model_dump()}, Run)
+    return job.adopt(replace(loaded, config=settled), to, out, str(folder), trained)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from snell_dist.config import UserError, first_line
 from snell_dist.files import sync
@@ -22,6 +22,7 @@ NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 ALIGNED = 8  # bytes
+FOR_TORCH = {"format": "pt"}  # what Transformers asks for
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -39,24 +40,19 @@ def read_metadata(file: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file, whole or absent, on the disk when this returns. UserError where it cannot be written."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        sync(temporary)
-        temporary.replace(file)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written: {first_line(error)}") from None
+    stream_tensors(file, tensors, tensors, metadata)
 
 
-def stream_tensors(file: Path, shapes: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def stream_tensors(
+    file: Path, shapes: Mapping[str, Tensor], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FOR_TORCH
+) -> None:
     """As `write_tensors`, holding one tensor at a time: `shapes` says what will come (tensors on the meta device),
     `tensors` makes each when it is asked for. UserError where the file cannot be written.
     """
     names = sorted(shapes, key=lambda name: -shapes[name].element_size())  # large elements first: all are aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         start, end = end, end + shapes[name].numel() * shapes[name].element_size()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from snell_dist.config import UserError
-from snell_dist.tensor_files import read_tensors, stream_tensors
+from snell_dist.tensor_files import read_metadata, read_tensors, stream_tensors, write_tensors
 
 MANY = {
     "bytes": torch.arange(5, dtype=torch.uint8),
@@ -72,3 +72,11 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="cannot be written"):
         stream_tensors(tmp_path / "nowhere" / "f", shapes(MANY), MANY)
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    """As any new file, by the process's mask; safetensors' own writer keeps it to its owner."""
+    write_tensors(tmp_path / "f", MANY, {"step": "1"})
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "f").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert read_metadata(tmp_path / "f") == {"step": "1"}

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snell_dist.adapted import AdaptedLinear
@@ -31,7 +30,7 @@ from snell_dist.methods._kernel import KernelMethod
 from snell_dist.methods.lora import Lora
 from snell_dist.methods.snella import Snella
 from snell_dist.peft import FUSED, PREFIX, SCALARS, SnellConfig, by_name, fingerprint
-from snell_dist.tensor_files import read_tensors
+from snell_dist.tensor_files import FOR_TORCH, read_tensors, write_tensors
 
 T = TypeVar("T")
 HOME = "base_model.model."
@@ -97,8 +96,7 @@ def write(folder: Path, config: PeftConfig, state: Mapping[str, Tensor]) -> None
     """PEFT's two files."""
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, state, FOR_TORCH)
 
 
 def read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:

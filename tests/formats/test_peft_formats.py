@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import snell
 from finished_runs import finish
+from peft import LoraConfig, PeftConfig, get_peft_model
 
 from snell_dist import formats, imported
 from snell_dist.adapter import ADAPTER
 from snell_dist.config import Plugin, UserError, load
+from snell_dist.peft import SnellConfig
 from snell_dist.run_config import Run
 from snell_dist.run_folder import read_summary
 from snell_dist.tensor_files import read_tensors, write_tensors
@@ -71,7 +74,7 @@ def test_what_does_not_belong_together_is_said_in_one_line(tmp_path: Path) -> No
     base = tmp_path / "run.base.safetensors"
     write_tensors(other, {name: tensor + 1 for name, tensor in read_tensors(base).items()}, {})
     refused("was trained on another base: weights of the adapted layers differ", f"backbone.weights={other}")
-    refused(r"has head.bias \[3\], and the model \[2\]", "data.classes=[1,2]")
+    refused(r"has head.(bias|weight) \[3.*, and the model \[2", "data.classes=[1,2]")
     refused("adapts blocks.1.attn.proj, which neither", "backbone.depth=1", "backbone.min_match=0")
     refused("no adapter of PEFT", folder=tmp_path)
 
@@ -105,3 +108,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "exists and stays as it is" in again.stderr
     assert len(again.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_an_adapter_that_peft_made_becomes_a_run(tmp_path: Path, library: str) -> None:
+    """Its logits in PEFT, on the base as that library loads it, are those of the run."""
+    run = run_of(tmp_path / "run", "vit", {"name": "linear"})
+    loaded = load(str(run / "config.yaml"), [], Run)
+    if library == "timm":
+        model = loaded.config.backbone.build(WORDS).model
+        adapter: PeftConfig = SnellConfig(rank=2, sparsity=0.5, target_modules="all-linear", modules_to_save=["head"])
+    else:
+        formats.export(run, "hf", tmp_path / "hf")  # its backbone is the base's
+        model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+        adapter = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, adapter)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    imported.bring(loaded, tmp_path / "adapter", tmp_path / "back", tmp_path)
+    pictures = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        said = adapted.eval()(pictures)
+        theirs = said if library == "timm" else said.logits
+        torch.testing.assert_close(formats.serve(tmp_path / "back").logits(pictures), theirs, rtol=1e-6, atol=1e-6)
