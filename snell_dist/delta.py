@@ -296,7 +296,7 @@ def _file(said: Path) -> Path:
 
 def _check_head(model: nn.Module, delta: Delta) -> None:
     own = model.state_dict()
-    for name, tensor in delta.whole.items():
+    for name, tensor in sorted(delta.whole.items(), key=lambda item: -item[1].dim()):  # a matrix says it best
         if name not in own or own[name].shape != tensor.shape:
             mine = list(own[name].shape) if name in own else "not there"
             message = f"{name} is {mine} in this model, and {list(tensor.shape)} for {len(delta.classes)} classes"

@@ -56,6 +56,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="session")
+def finished_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete tiny run that tuned both towers of a random CLIP."""
+    shape = ["image_size=32", "patch_size=8", "features=16", "text_width=16", "text_depth=1", "text_heads=2"]
+    said = [*(f"backbone.{word}" for word in shape), "data.image_size=32", "train.steps=2"]
+    place = train(tmp_path_factory.mktemp("finished_clip"), *said, config="clip/digits").folder
+    assert place is not None
+    return place
+
+
 def snell(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run(

@@ -1,6 +1,7 @@
 """The serving check, against timm by hand, on pictures in files."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,23 @@ def test_weights_that_diverged_are_an_error_in_each_line(
     assert "nothing finite" in json.loads(capsys.readouterr().out)["error"]
     with pytest.raises(UserError, match="nothing finite"):
         snell_dist.load(broken, device="cpu").predict(pictures / "0.png")
+
+
+@pytest.mark.parametrize("name", ["run", "timm", "hf", "delta", "clip run", "open_clip", "clip hf", "clip delta"])
+def test_a_model_goes_whole_to_another_device(name: str, finished: Path, finished_clip: Path, tmp_path: Path) -> None:
+    """To `meta`, where a tensor that stayed behind on the CPU is an error."""
+    run = finished_clip if "clip" in name else finished
+    format = name.removeprefix("clip ")
+    if format != "run":
+        formats.export(run, format, tmp_path / "model")
+    served = formats.serve(run if format == "run" else tmp_path / "model")
+    assert served.to(torch.device("meta")).type == "meta"
+    with torch.inference_mode():
+        logits = served.logits(torch.zeros(2, *served.image_shape, device="meta"))
+    assert (logits.device.type, logits.shape) == ("meta", (2, 5))
+    picture = Image.fromarray((INKS[0] * 15).astype("uint8"))
+    sent = pickle.loads(pickle.dumps(served.prepare))  # to a process that reads images
+    assert torch.equal(sent(picture), served.prepare(picture))
 
 
 def test_globs_folders_and_files_are_named_once_each(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

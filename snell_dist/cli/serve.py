@@ -1,4 +1,4 @@
-"""A finished model at work: what it says of pictures."""
+"""A finished model at work: what it says of pictures; and on its way to others and back."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ def add(commands: Commands) -> None:
     predicted.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
     predicted.set_defaults(command=_predict)
 
+    hub = commands.add_parser(
+        "hub",
+        help="what snell export wrote, to the Hugging Face hub and back",
+        description="Uploads an exported folder, or fetches one; no other command but these goes online by itself.",
+    )
+    verbs = hub.add_subparsers(required=True, metavar="VERB")
+    pushed = verbs.add_parser("push", help="upload an exported folder as one commit")
+    pushed.add_argument("folder", type=Path, metavar="FOLDER", help="what snell export wrote")
+    pushed.add_argument("repository", metavar="ORG/NAME", help="made if it is not there")
+    pushed.add_argument("--private", action="store_true", help="where the repository is made")
+    pushed.set_defaults(command=_push)
+    pulled = verbs.add_parser("pull", help="fetch a repository's plain data into a new folder")
+    pulled.add_argument("repository", metavar="ORG/NAME[@REVISION]", help="a branch, a tag or a commit; default: main")
+    pulled.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    pulled.set_defaults(command=_pull)
+
 
 def _predict(args: argparse.Namespace) -> int:
     import json
@@ -39,3 +55,20 @@ def _predict(args: argparse.Namespace) -> int:
         if "error" in row:
             status = Exit.BAD_INPUT
     return status
+
+
+def _push(args: argparse.Namespace) -> int:
+    from snell_dist import hub
+
+    made = hub.push(args.folder, args.repository, args.private)
+    print(f"{made.url}: {made.bytes / 2**20:.1f} MiB, commit {made.commit}")
+    return Exit.DONE
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from snell_dist import hub
+
+    got = hub.pull(args.repository, args.to)
+    left = f"; not fetched: {', '.join(got.left)}" if got.left else ""
+    print(f"{got.folder}: {got.bytes / 2**20:.1f} MiB, commit {got.commit}{left}")
+    return Exit.DONE

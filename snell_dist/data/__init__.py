@@ -67,6 +67,11 @@ class Preprocessing:
     mean: tuple[float, ...]  # of each channel, of values from 0 to 1
     std: tuple[float, ...]
 
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the colours."""
+        return "L" if self.channels == 1 else "RGB"
+
 
 @dataclass(frozen=True)
 class Transforms:

@@ -4,6 +4,8 @@
     check(run)                 UserError where the format cannot hold this run, saying which can
     write(run, folder, dtype)  the library's own files, and nothing else
     reload(run, folder)        what the library makes of the files, as a `Served`; on the base, where they need one
+    LIBRARY                    what the hub calls the library
+    usage(run)                 how that opens the folder it is run in, in a few lines of Python, for the model card
 
 and, where the files are a whole model,
 
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from snell_dist import finished, log
+from snell_dist import card, finished, log
 from snell_dist.config import UserError, nearest
 from snell_dist.files import new_folder
 from snell_dist.finished import Finished
@@ -109,8 +111,15 @@ def export(folder: Path, name: str, to: Path, dtype: str = "float32", proven: bo
     with new_folder(to) as place:
         format.write(run, place, DTYPES[dtype])
         error = prove(run, format.reload(run, place), LIMITS[dtype]) if proven else None
+        card.write(place, run, name, format.LIBRARY, format.usage(run), _proof(error, dtype))
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     return Exported(to, size, error)
+
+
+def _proof(error: float | None, dtype: str) -> str:
+    if error is None:
+        return f"Weights in {dtype}; not compared with the run (`--unproven`)."
+    return f"Weights in {dtype}; reloaded, their logits differ from the run's by {error:.1e}, relative."
 
 
 @torch.no_grad()

@@ -36,7 +36,12 @@ class ZeroShot:
         from snell_dist.tasks.contrastive import class_directions
 
         directions = class_directions(texts, tokens.unflatten(0, (len(self.classes), -1)))
-        return lambda pictures: scale * images(pictures) @ directions.t()
+
+        def logits(pictures: Tensor) -> Tensor:
+            features = images(pictures)
+            return scale.to(features.device) * features @ directions.to(features.device).t()
+
+        return logits
 
 
 def write(folder: Path, told: ZeroShot) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "one safetensors file: the entries that a sparse method changed, for a base that stays in memory"
+LIBRARY = "snell_dist"
 
 
 def check(run: Finished) -> None:
@@ -79,6 +80,16 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
 
 def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
+
+
+def usage(run: Finished) -> str:
+    return """\
+import snell_dist
+
+model = snell_dist.load(".")  # the base, from where the run had it, with the delta on it
+print(model.predict("picture.png", top=3))
+# on a plain model of yours that holds the same base, for a while:
+#     with snell_dist.apply_delta(yours, "delta.safetensors"): ..."""
 
 
 def holds(folder: Path) -> bool:

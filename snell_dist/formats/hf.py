@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from snell_dist.formats._zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from snell_dist.backbones import BackboneSection
     from snell_dist.data import Preprocessing
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "Transformers' config.json, preprocessor_config.json and model.safetensors, the delta folded in"
+LIBRARY = "transformers"
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -84,12 +87,43 @@ def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
 
 
+def usage(run: Finished) -> str:
+    if run.config.task.name == "contrastive":
+        return """\
+import json
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model, prepare, tokenizer = (one.from_pretrained(".") for one in (AutoModel, AutoImageProcessor, AutoTokenizer))
+told = json.load(open("zero_shot.json"))
+texts = tokenizer([told["templates"][0].format(name) for name in told["classes"]], padding=True, return_tensors="pt")
+logits = model(**prepare(Image.open("picture.png"), return_tensors="pt"), **texts).logits_per_image
+print(told["classes"][logits.argmax()])"""
+    return f'''\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model, prepare = (one.from_pretrained(".") for one in (AutoModelForImageClassification, AutoImageProcessor))
+picture = Image.open("picture.png").convert("{run.preprocessing.mode}")
+logits = model(**prepare(picture, return_tensors="pt")).logits
+print(model.config.id2label[int(logits.argmax())])'''
+
+
 def holds(folder: Path) -> bool:
     return "architectures" in _json.read(folder / CONFIG)
 
 
+@dataclass(frozen=True)
+class _Processed:
+    processor: Any
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+
 def load(folder: Path) -> Served:
     """UserError where Transformers fills in what the files lack."""
+    from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
     transformers = _transformers.library()
@@ -112,10 +146,9 @@ def load(folder: Path) -> Served:
     size = processor.crop_size
     return Served(
         logits=logits,
-        prepare=lambda picture: processor(
-            images=picture.convert("L" if channels == 1 else "RGB"), return_tensors="pt"
-        )["pixel_values"][0],
+        prepare=Prepare(channels, _Processed(processor)),
         classes=classes,
         image_shape=(channels, size["height"], size["width"]),
         about=f"transformers {name}",
+        model=model,
     )  # fmt: skip

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "one graph in ONNX, for onnxruntime and others; any number of images at a time"
+LIBRARY = "onnx"
 FILE = "model.onnx"
 OPSET = 18
 INPUT, OUTPUT = "images", "logits"
@@ -114,6 +115,18 @@ def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
 
 
+def usage(run: Finished) -> str:
+    said = run.preprocessing
+    return f"""\
+import json, numpy, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+told = session.get_modelmeta().custom_metadata_map  # "preprocessing" says how pictures become images
+images = numpy.zeros((1, {said.channels}, {said.size}, {said.size}), "float32")
+logits = session.run(["logits"], {{"images": images}})[0]
+print(json.loads(told["classes"])[logits[0].argmax()])"""
+
+
 def holds(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
@@ -125,11 +138,10 @@ def load(folder: Path) -> Served:
     session = _library("onnxruntime").InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
     told = session.get_modelmeta().custom_metadata_map
     preprocessing = Preprocessing(**json.loads(told["preprocessing"]))
-    to_tensor = _transforms.plain(preprocessing)
     channels, size = preprocessing.channels, preprocessing.size
     return Served(
         logits=_run(session),
-        prepare=lambda picture: to_tensor(picture.convert("L" if channels == 1 else "RGB")),
+        prepare=_transforms.Prepare(channels, _transforms.plain(preprocessing)),
         classes=json.loads(told["classes"]),
         image_shape=(channels, size, size),
         about="onnxruntime",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "open_clip_config.json and open_clip_model.safetensors: both towers, the delta folded in"
+LIBRARY = "open_clip"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
@@ -60,6 +61,18 @@ def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
 
 
+def usage(run: Finished) -> str:
+    return """\
+import json, open_clip
+from PIL import Image
+
+model, prepare = open_clip.create_model_from_pretrained("local-dir:.")  # from the hub: "hf-hub:ORG/NAME"
+told = json.load(open("zero_shot.json"))
+tokens = open_clip.get_tokenizer("local-dir:.")([told["templates"][0].format(name) for name in told["classes"]])
+image = model.encode_image(prepare(Image.open("picture.png")).unsqueeze(0), normalize=True)
+print(told["classes"][(image @ model.encode_text(tokens, normalize=True).T).argmax()])"""
+
+
 def holds(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
@@ -89,4 +102,5 @@ def load(folder: Path) -> Served:
         classes=told.classes,
         image_shape=(3, height, width),
         about="open_clip",
+        model=model,
     )

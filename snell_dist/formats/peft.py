@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "PEFT's adapter_config.json and adapter_model.safetensors, for timm's model; the base stays apart"
+LIBRARY = "peft"
 CLIP = "open_clip's attention computes past any adapter: choose peft_hf, for Transformers' CLIP"
 
 
@@ -29,6 +30,15 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
 
     config, state = _peft_names.to_peft(run.backbone().model, run.tensors)
     _peft_names.write(folder, config, state)
+
+
+def usage(run: Finished) -> str:
+    return """\
+import snell_dist.peft  # tells PEFT of SNELL
+from peft import PeftModel
+
+# base: timm's model of the table below, with these weights
+model = PeftModel.from_pretrained(base, ".").eval()"""
 
 
 def reload(run: Finished, folder: Path) -> Served:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from snell_dist.formats import Served
 
 ABOUT = "PEFT's two files, for Transformers' model of the same base"
+LIBRARY = "peft"
 
 
 def check(run: Finished) -> None:
@@ -27,6 +28,15 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     tensors = _separate.separated(names, model, run.backbone().model, run.tensors)
     config, state = _peft_names.to_peft(model, tensors)
     _peft_names.write(folder, config, state)
+
+
+def usage(run: Finished) -> str:
+    return """\
+import snell_dist.peft  # tells PEFT of SNELL
+from peft import PeftModel
+
+# base: Transformers' model of the table below, with these weights
+model = PeftModel.from_pretrained(base, ".").eval()"""
 
 
 def reload(run: Finished, folder: Path) -> Served:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from snell_dist.formats._renamed import Publish
 
 ABOUT = "timm's config.json and model.safetensors, the delta folded in"
+LIBRARY = "timm"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CROP = {"squeeze": (1.0, "squash"), "centre": (224 / 256, "center")}  # timm's crop_pct and crop_mode
 
@@ -106,6 +107,17 @@ def _data(said: Preprocessing) -> dict[str, Any]:
 
 def reload(run: Finished, folder: Path) -> Served:
     return load(folder)
+
+
+def usage(run: Finished) -> str:
+    return f'''\
+import timm
+from PIL import Image
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # from the hub: "hf-hub:ORG/NAME"
+prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+logits = model(prepare(Image.open("picture.png").convert("{run.preprocessing.mode}")).unsqueeze(0))
+print(model.pretrained_cfg["label_names"][logits.argmax()])'''
 
 
 def holds(folder: Path) -> bool:
