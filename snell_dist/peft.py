@@ -20,7 +20,7 @@ import hashlib
 import re
 import warnings
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -36,6 +36,7 @@ from snell_dist.config import ConfigError, Plugin, check
 from snell_dist.methods import check_rank
 from snell_dist.methods._kernel import KernelMethod
 from snell_dist.ops import kernels
+from snell_dist.ops.snell import wide
 
 try:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
@@ -111,7 +112,7 @@ class SnellConfig(PeftConfig):
         default_factory=lambda: dict(FUSED),
         metadata={"help": "Equal row groups of fused layers, each adapted as a matrix of its own."},
     )
-    adapted_groups: dict[str, list[int]] = field(
+    adapted_groups: dict[str, Sequence[int]] = field(
         default_factory=dict, metadata={"help": "Which row groups of a fused layer are adapted; all, where not said."}
     )
     seed: int | None = field(
@@ -134,9 +135,12 @@ class SnellConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"`seed` must be an integer or None; got {self.seed!r}.")
+        if isinstance(self.parameters_to_save, str):
+            self.parameters_to_save = [self.parameters_to_save]
         for rank in (self.rank, *self.rank_pattern.values()):
-            for sparsity in (self.sparsity, *self.sparsity_pattern.values()):
-                self.method(rank, sparsity)
+            self.method(rank, self.sparsity)
+        for sparsity in self.sparsity_pattern.values():
+            self.method(self.rank, sparsity)
         for pattern, count in self.groups.items():
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"`groups` must be positive integers; got {count!r} for {pattern!r}.")
@@ -159,7 +163,7 @@ class SnellConfig(PeftConfig):
         """How the layer of this name is to be adapted. ValueError where it cannot be."""
         in_features, out_features = features(name, layer)
         parts = by_name(self.groups, name, 1)
-        adapted = by_name(self.adapted_groups, name, list(range(parts)))
+        adapted = list(by_name(self.adapted_groups, name, range(parts)))
         if out_features % parts:
             raise ValueError(
                 f"`groups`: the {out_features} rows of {name} are not {parts} equal groups; "
@@ -254,7 +258,7 @@ class SnellLinear(nn.Module, SnellLayer):
         SnellLayer.__init__(self, adapter_name)
         self.base_layer = base_layer
         self.forms: dict[str, Form] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter, the entries that it changed
+        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter: which entries it changed, and those
 
     @property
     def home(self) -> Tensor:
@@ -324,8 +328,8 @@ class SnellLinear(nn.Module, SnellLayer):
                     "model in full precision and merge there."
                 )
             delta = self.get_delta_weight(adapter)
-            changed = delta.flatten().nonzero().squeeze(1)
-            self._before.append((changed, weight.take(changed)))
+            changed = delta != 0
+            self._before.append((changed, weight[changed]))
             weight.add_(delta)
             self.merged_adapters.append(adapter)
 
@@ -338,7 +342,7 @@ class SnellLinear(nn.Module, SnellLayer):
             self.merged_adapters.pop()
             changed, before = self._before.pop()
             weight = self.home.data
-            weight.put_(changed.to(weight.device), before.to(weight))
+            weight[changed.to(weight.device)] = before.to(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -365,11 +369,10 @@ class SnellParameter(nn.Module, SnellLayer):
 
     weight = bias = property()  # PEFT looks for a base layer's; there is none
 
-    def update_layer(self, adapter_name: str, config: SnellConfig) -> None:
-        """Adds an adapter, which starts at the base's value."""
-        value = self.home.detach().clone()
-        self.snell_value[adapter_name] = nn.Parameter(value.float())
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+    def update_layer(self, adapter_name: str, device: str | None) -> None:
+        """Adds an adapter, which starts at the base's value; `device` other than the base's: one without numbers."""
+        value = wide(self.home.detach().clone())
+        self.snell_value[adapter_name] = nn.Parameter(value.to(device or value.device))
 
     def forward(self, original: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -402,6 +405,7 @@ class SnellModel(BaseTuner):
         """PEFT's, after a look at all that is asked: a ValueError leaves the model as it was."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, SnellConfig)
+        self._prepare_adapter_config(config, self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         names = self._parameters_to_save(config, model)
         if state_dict is None:
@@ -413,10 +417,8 @@ class SnellModel(BaseTuner):
         places = own_parameters(model)
         for name in names:
             layer = parametrized(*places[name], adapter_name)
-            layer.update_layer(adapter_name, config)
+            layer.update_layer(adapter_name, "meta" if low_cpu_mem_usage else None)
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            if low_cpu_mem_usage:
-                layer.to("meta")
 
     def _targets(self, config: SnellConfig, model: nn.Module) -> dict[str, nn.Module]:
         """Base layers by name."""
@@ -490,6 +492,21 @@ class SnellModel(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks before each forward pass."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SNELL adapters cannot be mixed in one batch; leave `adapter_names` out, and set_adapter()."
+            )
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        """PEFT's, which passes on to the model; not how a parametrized one is copied, or a copy would be that alone."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
     def _layers(self) -> list[SnellLayer]:
         return [module for module in self.model.modules() if isinstance(module, SnellLayer)]
 
@@ -515,8 +532,9 @@ def features(name: str, layer: nn.Module) -> tuple[int, int]:
 def is_plain(layer: nn.Module) -> bool:
     """Whether to call the layer is to multiply by its weight and nothing else, which the operator may then do."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    own = type(layer) is nn.Linear and "forward" not in layer.__dict__
-    return own and not hooks and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
+    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__ or hooks:
+        return False
+    return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
 @contextmanager
@@ -549,7 +567,8 @@ def own_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             continue
         home = path.replace(".base_layer", "") + "." if path else ""
         leaves = [*module._parameters, *(name for name, _ in parametrizations(module))]
-        found |= {home + leaf: (module, leaf) for leaf in leaves if getattr(module, leaf) is not None}
+        values = {leaf: getattr(module, leaf) for leaf in leaves}
+        found |= {home + leaf: (module, leaf) for leaf, v in values.items() if v is not None and v.is_floating_point()}
     return found
 
 

@@ -4,6 +4,7 @@ Oracles: the formulas in float64 (tests/ops/naive.py), the harness's own layers 
 same calls, and the libraries' own loaders.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -82,9 +83,9 @@ MODELS: dict[Callable[[], nn.Module], tuple[Run, dict[str, Any]]] = {
     dinov2: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"], "parameters_to_save": ["*.norm1.bias"]}),
     swin: (lambda m: m(IMAGES).logits, {"modules_to_save": ["classifier"]}),
     clip: (lambda m: m(pixel_values=IMAGES, input_ids=TOKENS).logits_per_image, {}),
-    llama: (lambda m: m(input_ids=TOKENS).logits, {}),
+    llama: (lambda m: m(input_ids=TOKENS).logits, {"task_type": "CAUSAL_LM"}),
     gpt2: (lambda m: m(input_ids=TOKENS).logits, {"parameters_to_save": ["*.c_attn.bias"]}),
-    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "pos_embed"]}),
+    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "*.fc1.bias"]}),
 }
 
 
@@ -308,6 +309,10 @@ def test_factors_stay_float32_beside_a_bfloat16_base(tmp_path: Path) -> None:
     for low in (False, True):
         again = PeftModel.from_pretrained(made(timm_vit).bfloat16(), tmp_path, low_cpu_mem_usage=low)
         assert torch.equal(again(images), after)
+        again.load_adapter(tmp_path, "second", low_cpu_mem_usage=low)
+        assert torch.equal(again(images), after)
+        again.set_adapter("second")
+        assert torch.equal(again(images), after)
     wide = PeftModel.from_pretrained(made(timm_vit), tmp_path)  # the same base in float32 is the same base
     assert relative(wide(IMAGES), after.float()) < 0.05
     model.merge_adapter()
@@ -355,6 +360,7 @@ def test_it_compiles_whole() -> None:
     ({"target_modules": ["attn"]}, "Target module blocks.0.attn is a Attention. Currently, only"),
     ({"target_modules": ["norm1"]}, "Target module blocks.0.norm1 is a LayerNorm"),
     ({"target_modules": ["qvk"], "exclude_modules": None}, "Target modules {'qvk'} not found in the base model"),
+    ({"target_modules": None}, "Please specify `target_modules`"),
     ({"parameters_to_save": ["cls_tokn"]}, "`parameters_to_save` = 'cls_tokn': matches no parameter, did you mean"),
     ({"layers_pattern": "blocks"}, "`layers_to_transform` must also be specified"),
     ({"seed": "one"}, "`seed` must be an integer or None; got 'one'"),
@@ -422,6 +428,8 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     model.base_model.set_adapter(["default", "other"])
     both = moved(model)(IMAGES)
     weight = model.base_model.model.blocks[0].mlp.fc1.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="SNELL adapters cannot be mixed in one batch"):
+        model(IMAGES, adapter_names=["default", "other"])
     model.merge_adapter(["other"])
     model.merge_adapter(["default"])
     assert relative(model(IMAGES), both) < 1e-6
@@ -429,6 +437,17 @@ def test_active_adapters_add_up_and_unmerge_in_any_order() -> None:
     assert torch.equal(model.base_model.model.blocks[0].mlp.fc1.base_layer.weight, weight)
     assert torch.equal(model(IMAGES), both)
     assert relative(model.merge_and_unload()(IMAGES), both) < 1e-6
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = moved(get_peft_model(made(timm_vit), config(parameters_to_save=["cls_token", "*.fc1.bias"])))
+    after, copied = model(IMAGES), copy.deepcopy(model)
+    moved(model)
+    assert torch.equal(copied(IMAGES), after)
+    copied.merge_adapter()
+    copied.unmerge_adapter()
+    assert torch.equal(copied(IMAGES), after)
+    assert relative(copied.merge_and_unload()(IMAGES), after) < 1e-6
 
 
 def test_a_seed_draws_the_same_factors() -> None:
