@@ -51,7 +51,7 @@ def stream_tensors(
     """As `write_tensors`, holding one tensor at a time: `shapes` says what will come (tensors on the meta device),
     `tensors` makes each when it is asked for. UserError where the file cannot be written.
     """
-    names = sorted(shapes, key=lambda name: -shapes[name].element_size())  # large elements first: all are aligned
+    names = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))  # large elements first: all aligned
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
