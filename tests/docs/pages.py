@@ -123,7 +123,7 @@ def _masked(line: str) -> str:
 def commands(page: Path) -> Iterator[tuple[Block, list[str]]]:
     """Every command of `snell` on a page, as words."""
     for block in blocks(page):
-        if block.language != "bash":
+        if block.language not in ("bash", "sh"):  # sh: what is not carried out, since it takes another machine
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
