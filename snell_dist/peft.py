@@ -258,7 +258,7 @@ class SnellLinear(nn.Module, SnellLayer):
         SnellLayer.__init__(self, adapter_name)
         self.base_layer = base_layer
         self.forms: dict[str, Form] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter, the entries that it changed
+        self._before: list[tuple[Tensor, Tensor]] = []  # of each merged adapter: which entries it changed, and those
 
     @property
     def home(self) -> Tensor:
@@ -328,8 +328,8 @@ class SnellLinear(nn.Module, SnellLayer):
                     "model in full precision and merge there."
                 )
             delta = self.get_delta_weight(adapter)
-            places = delta.nonzero().t().int()  # [2, changed entries]
-            self._before.append((places, weight[tuple(places)]))
+            changed = delta != 0
+            self._before.append((changed, weight[changed]))
             weight.add_(delta)
             self.merged_adapters.append(adapter)
 
@@ -340,9 +340,9 @@ class SnellLinear(nn.Module, SnellLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.merged_adapters.pop()
-            places, before = self._before.pop()
+            changed, before = self._before.pop()
             weight = self.home.data
-            weight[tuple(places.to(weight.device))] = before.to(weight)
+            weight[changed.to(weight.device)] = before.to(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -369,11 +369,10 @@ class SnellParameter(nn.Module, SnellLayer):
 
     weight = bias = property()  # PEFT looks for a base layer's; there is none
 
-    def update_layer(self, adapter_name: str, config: SnellConfig) -> None:
-        """Adds an adapter, which starts at the base's value."""
+    def update_layer(self, adapter_name: str, device: str | None) -> None:
+        """Adds an adapter, which starts at the base's value; `device` other than the base's: one without numbers."""
         value = wide(self.home.detach().clone())
-        self.snell_value[adapter_name] = nn.Parameter(value)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.snell_value[adapter_name] = nn.Parameter(value.to(device or value.device))
 
     def forward(self, original: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -406,6 +405,7 @@ class SnellModel(BaseTuner):
         """PEFT's, after a look at all that is asked: a ValueError leaves the model as it was."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, SnellConfig)
+        self._prepare_adapter_config(config, self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         names = self._parameters_to_save(config, model)
         if state_dict is None:
@@ -417,10 +417,8 @@ class SnellModel(BaseTuner):
         places = own_parameters(model)
         for name in names:
             layer = parametrized(*places[name], adapter_name)
-            layer.update_layer(adapter_name, config)
+            layer.update_layer(adapter_name, "meta" if low_cpu_mem_usage else None)
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            if low_cpu_mem_usage:
-                layer.to("meta")
 
     def _targets(self, config: SnellConfig, model: nn.Module) -> dict[str, nn.Module]:
         """Base layers by name."""
