@@ -136,15 +136,15 @@ class Folded(Mapping[str, Tensor]):
 
     def __init__(self, run: Finished) -> None:
         self._run = run
-        empty = run.empty()
+        empty, injected = run.empty(), run.empty()
         self.shapes = {name: _float32(tensor) for name, tensor in empty.model.state_dict().items()}
-        self._base = _numbers(run, empty)
         with torch.device("meta"):
-            run.config.method.inject(empty)
-        methods.check_mergeable(empty.model)
-        run.check_tensors(empty)
-        self._stored = _stored(run, empty)
-        self._model = empty.model
+            run.config.method.inject(injected)
+        methods.check_mergeable(injected.model)
+        run.check_tensors(injected)
+        self._stored = _stored(run, injected)
+        self._model = injected.model
+        self._base = _numbers(run, empty)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

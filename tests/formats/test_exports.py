@@ -58,7 +58,7 @@ FORMATS = {
     "hf": ["vit", "swin", "convnext", "convnextv2", "dinov2", "registers", "gated", "distilled", "grey", "two towers",
            "two quickgelu"],
     "open_clip": ["two towers", "two quickgelu"],
-    "onnx": ["vit", "swin", "convnext", "two towers", "zeroshot"],
+    "onnx": ["swin", "two towers", "zeroshot"],
 }  # fmt: skip
 MATRIX = [(name, kind, "snell") for name, kinds in FORMATS.items() for kind in kinds]
 MATRIX += [(name, "vit", method) for name in ("timm", "hf") for method in METHODS if method != "snell"]
@@ -257,7 +257,7 @@ def test_the_proof_sees_one_pair_of_matrices_exchanged(runs: Runs, tmp_path: Pat
     save_file({**state, name: torch.cat([k, q, v])}, file, {"format": "pt"})
     run = finished.read(folder)
     with pytest.raises(UserError, match="reloaded, its logits differ by"):
-        formats.prove(run, formats.serve(tmp_path / "out"), formats.LIMITS["float32"])
+        formats.prove(run, lambda: formats.serve(tmp_path / "out"), formats.LIMITS["float32"])
 
 
 def test_a_merge_is_the_models_own_format(runs: Runs, tmp_path: Path) -> None:
@@ -317,12 +317,10 @@ def test_parts_that_transformers_lacks_are_named(tmp_path: Path) -> None:
     assert "SwinForImageClassification has layers.1" in refusal(folder, "hf", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "method", [{"name": "prompt", "count": 2}, {"name": "adapter", "rank": 2}], ids=["prompt", "adapter"]
-)
-def test_what_no_weight_holds_goes_into_a_graph_alone(runs: Runs, tmp_path: Path, method: dict[str, Any]) -> None:
-    folder = runs.get("vit", method)
-    assert "no weight can hold what this method adds" in refusal(folder, "timm", tmp_path / "out")
+def test_what_no_weight_holds_goes_into_a_graph_alone(runs: Runs, tmp_path: Path) -> None:
+    for method in ({"name": "adapter", "rank": 2}, {"name": "prompt", "count": 2}):
+        folder = runs.get("vit", method)
+        assert "no weight can hold what this method adds" in refusal(folder, "timm", tmp_path / "out")
     made = formats.export(folder, "onnx", tmp_path / "out")
     assert made.error is not None and made.error <= TOLERANCE
 
