@@ -64,6 +64,11 @@ class Entries:
         """Whether a bitmap is smaller than indices."""
         return -(-self.numel // 8) < INDEX_BYTES * len(self.values)
 
+    @property
+    def nbytes(self) -> int:
+        """In a file of float32 values."""
+        return self.values.nbytes + min(-(-self.numel // 8), INDEX_BYTES * len(self.values))
+
     def packed(self) -> Tensor:
         """The positions as a file has them: int32 [n], or a bitmap uint8 [numel / 8], lowest bit first."""
         if not self.as_bitmap:

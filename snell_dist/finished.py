@@ -58,8 +58,7 @@ class Finished:
     def weights(self) -> str | None:
         """Where the base's are. UserError where they are no longer there."""
         said = self.summary["base_weights"]
-        looks_local = said is not None and weights.is_source(said) and not said.startswith("hub:")
-        if looks_local and not Path(said).expanduser().exists():
+        if said is not None and weights.is_gone(said):
             where = f"is not where it was (seen from {Path.cwd()})"
             raise UserError(f"{self.folder}: its base {said} {where}: put it back, or go where the run was started")
         return said

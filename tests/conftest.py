@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from snell_dist.adapter import ADAPTER
 from snell_dist.checkpoint import Checkpoint, Checkpoints, Meta, newest
+from snell_dist.cli import main
 from snell_dist.config import load
 from snell_dist.job import run
 from snell_dist.run_config import Run
@@ -21,6 +24,13 @@ from snell_dist.run_folder import Resume
 from snell_dist.train import Outcome
 
 pytest_plugins = ["cluster"]  # in tests/launch: machines, Slurm and ssh
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longest begins first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+
+
 # Small enough for a second on one core; everything else as in configs/demo.yaml.
 TINY = [
     "backbone.weights=null",
@@ -71,6 +81,14 @@ def snell(*arguments: str | Path, **options: object) -> subprocess.CompletedProc
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=300, **({"env": ENVIRONMENT} | options)
     )
+
+
+def typed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has imported what it needs."""
+    words, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(words)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -1,12 +1,8 @@
-"""Writes a DeepSpeed checkpoint as other people's scripts do, and beside it the weights that were in memory.
-
-torchrun tests/deepspeed_folder.py STAGE DIR     DIR/saved (DeepSpeed's), DIR/live.pt
-"""
+"""Writes DeepSpeed checkpoints as other people's scripts do, and beside each the weights that were in memory."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import timm
@@ -15,6 +11,7 @@ from torch import nn
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 5}
 NAME = "vit_tiny_patch16_224"
+STAGES = 1, 2, 3
 
 
 def model() -> nn.Module:
@@ -27,11 +24,19 @@ def model() -> nn.Module:
     return made
 
 
-def write(stage: int, folder: Path) -> None:
+def write(folder: Path) -> None:
+    """Of every stage, FOLDER/<stage>/saved (DeepSpeed's) and live.pt."""
+    for stage in STAGES:
+        (folder / str(stage)).mkdir(exist_ok=True)
+        write_stage(stage, folder / str(stage))
+
+
+def write_stage(stage: int, folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of inference; takes minutes to compile
     made = model()
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
     config = {
@@ -55,7 +60,3 @@ def write(stage: int, folder: Path) -> None:
     live |= {name: buffer.clone() for name, buffer in made.named_buffers()}
     if torch.distributed.get_rank() == 0:
         torch.save(live, folder / "live.pt")
-
-
-if __name__ == "__main__":
-    write(int(sys.argv[1]), Path(sys.argv[2]))

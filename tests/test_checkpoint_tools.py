@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, saved, train
-from deepspeed_folder import NAME, SIZES
+from conftest import ENVIRONMENT, TINY, saved, train
+from deepspeed_folder import NAME, SIZES, STAGES, write
+from ranks import together
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -337,26 +338,20 @@ def test_bad_input_is_one_line(run_folder: Path, tmp_path: Path, says: Callable)
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder that deepspeed_folder.py writes, by stage."""
-    made: dict[int, Path] = {}
-
-    def folder(stage: int) -> Path:
-        if stage not in made:
-            made[stage] = tmp_path_factory.mktemp(f"stage_{stage}")
-            torchrun(ROOT / "tests/deepspeed_folder.py", str(stage), made[stage])
-        return made[stage]
-
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What deepspeed_folder.py writes: a folder for each stage."""
+    folder = tmp_path_factory.mktemp("theirs")
+    together(2, write, folder)
     return folder
 
 
 @pytest.mark.xdist_group("deepspeed_folder")
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_deepspeeds_weights_are_those_that_were_in_memory(
-    stage: int, theirs: Callable, tmp_path: Path, says: Callable
+    stage: int, theirs: Path, tmp_path: Path, says: Callable
 ) -> None:
     """Trained in bfloat16 on two processes: the float32 masters, the frozen block, a tied weight, and a buffer."""
-    folder, to = theirs(stage), tmp_path / "converted"
+    folder, to = theirs / str(stage), tmp_path / "converted"
     status, out, err = says("convert", folder / "saved", "--to", to, "--trust")
     assert (status, err) == (0, [])
     assert out == [f"{to}/model.safetensors: 33 tensors; backbone.weights={to} reads it as timm or open_clip"]
@@ -384,9 +379,9 @@ def test_deepspeeds_weights_are_those_that_were_in_memory(
     ],
 )
 def test_what_deepspeed_cannot_read_leaves_nothing(
-    damage: Callable, said: str, theirs: Callable, tmp_path: Path, says: Callable
+    damage: Callable, said: str, theirs: Path, tmp_path: Path, says: Callable
 ) -> None:
-    folder = shutil.copytree(theirs(2) / "saved", tmp_path / "saved")
+    folder = shutil.copytree(theirs / "2/saved", tmp_path / "saved")
     damage(folder / "global_step2")
     status, out, err = says("convert", folder, "--to", tmp_path / "new", "--trust")
     assert (status, out, len(err)) == (2, [], 1)

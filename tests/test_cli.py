@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, snell
+from conftest import ROOT, TINY, snell, typed
 
 from snell_dist.cli import main
 
@@ -153,9 +153,9 @@ def test_eval_measures_a_base_and_a_finished_run(tmp_path: Path, error: Callable
 
     outcome = train(tmp_path / "runs", "method.rank=4", "backbone.text_width=16", config="clip/digits")
     assert outcome.folder is not None
-    done = snell("eval", outcome.folder, cwd=tmp_path)
+    done = typed("eval", outcome.folder)
     assert done.stdout.startswith(f"test accuracy {outcome.summary['test_accuracy']:.4f} loss "), done.stderr
-    before = snell("eval", "clip/digits", *TINY, "--split", "val", cwd=tmp_path)
+    before = typed("eval", "clip/digits", *TINY, "--split", "val")
     assert before.stdout.startswith("val accuracy 0."), before.stderr
     assert before.stdout.strip().endswith("the base of clip/digits")
     assert [p.name for p in tmp_path.iterdir()] == ["runs"], "looking leaves nothing behind"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import timm
-from conftest import command, snell
+from conftest import command, typed
 
 from snell_dist import describe
 from snell_dist.backbones import section
@@ -73,8 +73,8 @@ def test_methods_with_their_counts_in_a_backbone() -> None:
 
 
 def test_names_are_listed_by_glob_or_part() -> None:
-    assert "clip/ViT-bigG-14\n" in snell("backbones", "ls", "clip/*-14").stdout
-    listed = snell("backbones", "ls", "dinov2").stdout.splitlines()
+    assert "clip/ViT-bigG-14\n" in typed("backbones", "ls", "clip/*-14").stdout
+    listed = typed("backbones", "ls", "dinov2").stdout.splitlines()
     assert "vit/vit_large_patch14_dinov2" in listed
     assert all("dinov2" in name for name in listed)
 

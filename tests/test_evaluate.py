@@ -1,17 +1,16 @@
 """Figures of a split: against scikit-learn and a loop by hand, and the same over any number of ranks."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from ranks import together
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+from snell_dist import dist, meeting
 from snell_dist.data.digits import Digits
 from snell_dist.evaluate import Measured, evaluate
 
@@ -96,22 +95,18 @@ def test_a_model_that_says_nothing_is_not_right_among_five() -> None:
     assert measured(table, 64).metrics["accuracy_top5"] == 0
 
 
-def test_any_number_of_ranks_gives_the_same_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_figures(ranks: int, tmp_path: Path) -> None:
     """230 images in batches of 16: the last batch of two and of three ranks is short, and on some rank empty."""
-    alone = measure(230, 16)
-    script = (
-        "import sys, json, torch.distributed as d; sys.path.insert(0, 'tests'); d.init_process_group('gloo')\n"
-        "from test_evaluate import measure; m = measure(230, 16)\n"
-        "name = f'{sys.argv[1]}/{d.get_world_size()}.{d.get_rank()}'\n"
-        "json.dump([m.metrics, m.predicted.tolist()], open(name, 'w'))\n"
-        "d.barrier(); d.destroy_process_group(); from snell_dist import dist; dist.leave(0)"
-    )
-    for ranks in (2, 3):
-        command = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
-        done = subprocess.run(
-            [sys.executable, *command, sys.executable, "-c", script, tmp_path],
-            capture_output=True, text=True, timeout=200, check=False, cwd=ROOT, env=ENVIRONMENT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found = [json.loads((tmp_path / f"{ranks}.{rank}").read_text()) for rank in range(ranks)]
-        assert found == [[alone.metrics, alone.predicted.tolist()]] * ranks
+    together(ranks, written, tmp_path)
+    found = [(tmp_path / f"{rank}.json").read_text() for rank in range(ranks)]
+    assert found == [said(measure(230, 16))] * ranks
+
+
+def written(folder: Path) -> None:
+    with meeting.process_group(torch.device("cpu")):
+        (folder / f"{dist.rank()}.json").write_text(said(measure(230, 16)))
+
+
+def said(found: Measured) -> str:
+    return json.dumps([found.metrics, found.predicted.tolist()])

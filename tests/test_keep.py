@@ -29,10 +29,9 @@ FAILS = ["sh", "-c", "exit 3", "--resume-if-any"]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that nothing befell."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with started(folder / ".log", keeps(folder, torchrun(*slowly(folder, *STEPS)))) as kept:
-        assert kept.wait(timeout=240) == 0, (folder / ".log").read_text()
+    """One process that takes what each of two takes, which nothing befell."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(folder.parent, "method.rank=4", "data.micro_batch_size=6", *STEPS, folder=folder)
     return folder
 
 
@@ -65,7 +64,7 @@ def test_killed_and_stopped_in_every_way_it_comes_to_the_same_end(undisturbed: P
         agent = children(kept.pid)[0]
         os.kill(agent, signal.SIGKILL)
         saves_again(run, attempt=3)
-        kept.send_signal(signal.SIGUSR1)
+        kept.send_signal(signal.SIGTERM)
         ends_with(kept, 75)
     with started(log, words) as kept:
         saves_again(run, attempt=4)
@@ -75,14 +74,10 @@ def test_killed_and_stopped_in_every_way_it_comes_to_the_same_end(undisturbed: P
         ends_with(kept, 75)
     with started(log, words) as kept:
         saves_again(run, attempt=5)
-        kept.send_signal(signal.SIGTERM)
-        ends_with(kept, 75)
-    with started(log, words) as kept:
-        saves_again(run, attempt=6)
         os.killpg(kept.pid, signal.SIGINT)  # as a terminal sends it: to all of them
         ends_with(kept, 75)
     with started(log, words) as kept:
-        saves_again(run, attempt=7)
+        saves_again(run, attempt=6)
         behind = family(kept.pid)
         kept.kill()
         until(lambda: not any(map(lives, behind)), "the end of what keep had started", 60)
@@ -91,9 +86,9 @@ def test_killed_and_stopped_in_every_way_it_comes_to_the_same_end(undisturbed: P
         ends_with(kept, 0)
     assert digest(trained(run)) == digest(trained(undisturbed))
     assert [each.outcome for each in launches(run)] == [
-        "failed", "failed", "interrupted", "interrupted", "interrupted", "interrupted", "", "complete",
+        "failed", "failed", "interrupted", "interrupted", "interrupted", "", "complete",
     ]  # fmt: skip
-    assert [each["world_size"] for each in run_folder.attempts(run)] == [2] * 8
+    assert [each["world_size"] for each in run_folder.attempts(run)] == [2] * 7
 
 
 @pytest.mark.xdist_group("keep")

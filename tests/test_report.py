@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import snell, train
+from conftest import train, typed
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.metrics import confusion_matrix
@@ -64,7 +64,7 @@ def with_script(page: Path, script: str) -> Path:
 @needs_browser
 def test_a_browser_shows_every_run(runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    done = snell("report", runs, "--out", page)
+    done = typed("report", runs, "--out", page)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{page}: 3 runs, ")
     shown = browse(page, "--dump-dom")
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import sys
 
     for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no run folder")):
-        done = snell("report", folder, "--out", tmp_path / "report.html")
+        done = typed("report", folder, "--out", tmp_path / "report.html")
         assert (done.returncode, done.stderr) == (2, f"snell: report: {folder}: {said}\n")
     assert not (tmp_path / "report.html").exists()
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, snell
+from conftest import ENVIRONMENT, command, snell, typed
 from mini_layouts import write_fgvc, write_vtab
 
 from snell_dist.cli import main
@@ -48,7 +48,7 @@ def done(out: Path) -> int:
 def test_killed_at_random_and_resumed_gives_the_same_table(
     what: list[str], runs: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = snell(*arguments(what, data, tmp_path / "whole"))
+    undisturbed = typed(*arguments(what, data, tmp_path / "whole"))
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert len(accuracies(tmp_path / "whole", what[0])) == runs
     draw = random.Random(what[0])
@@ -99,14 +99,15 @@ def test_sigterm_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None
     assert "0 of 8 runs are done" in out
 
 
-def test_processes_and_shares_divide_the_work(data: Path, tmp_path: Path) -> None:
+def test_processes_and_shares_divide_the_work(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once by --jobs, and a Slurm job array's two tasks: each cell is trained once."""
     jobs = snell(*arguments(VTAB, data, tmp_path / "jobs", "--jobs", "2"))
     assert jobs.returncode == 0, jobs.stderr
     for task in ("3", "5"):
         array = {"ID": task, "MIN": "3", "MAX": "5", "STEP": "2", "COUNT": "2"}
-        environment = ENVIRONMENT | {f"SLURM_ARRAY_TASK_{key}": value for key, value in array.items()}
-        done = snell(*arguments(VTAB, data, tmp_path / "array"), env=environment)
+        for key, value in array.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+        done = typed(*arguments(VTAB, data, tmp_path / "array"))
         assert done.returncode == 0, done.stderr
         assert f"{4 if task == '3' else 8} of 8 runs are done" in done.stdout
     assert accuracies(tmp_path / "jobs", "vtab") == accuracies(tmp_path / "array", "vtab")
@@ -117,7 +118,7 @@ def test_processes_and_shares_divide_the_work(data: Path, tmp_path: Path) -> Non
 
 def test_paper_compat_is_marked(data: Path, tmp_path: Path) -> None:
     what = ["vtab", "--tasks", "svhn", "--methods", "lora", "--seeds", "1"]
-    done = snell(*arguments(what, data, tmp_path / "out", "protocol.select=paper_compat"))
+    done = typed(*arguments(what, data, tmp_path / "out", "protocol.select=paper_compat"))
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("| svhn"))
     assert row.endswith("† |")
@@ -131,13 +132,13 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(data: Path, tmp_path: Pat
     """Rank 64 does not fit layers of width 32; the linear probe has none."""
     what = ["vtab", "--tasks", "svhn", "--methods", "lora", "snell8", "--seeds", "1"]
     (data / "vtab-1k/svhn/images/test/0005.png").write_bytes(b"")  # of train800, seen in training only
-    done = snell(*arguments(what, data, tmp_path / "out"))
+    done = typed(*arguments(what, data, tmp_path / "out"))
     assert done.returncode == 2
     assert "0005.png: is empty" in done.stdout
     assert "Failed: lora on svhn seed 0, snell8 on svhn seed 0: " in done.stdout
     write_vtab(tmp_path / "good", ["svhn"])
     (data / "vtab-1k/svhn/images/test/0005.png").write_bytes((tmp_path / "good/svhn/images/test/0005.png").read_bytes())
-    mended = snell(*arguments(what, data, tmp_path / "out"))
+    mended = typed(*arguments(what, data, tmp_path / "out"))
     assert mended.returncode == 0, mended.stderr
     assert "Failed" not in mended.stdout
 

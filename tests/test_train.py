@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, TINY, command, snell, train, trained
+from conftest import ENVIRONMENT, TINY, command, train, trained, typed
 from safetensors.torch import load_file
 
 from snell_dist.build import build
@@ -57,7 +57,7 @@ LONG = [*TINY, "train.steps=60", "train.save_every=3", "method.rank=4"]
 
 
 def test_kill_9_at_a_random_moment_then_resume_is_bit_equal(tmp_path: Path) -> None:
-    whole = snell("train", "demo", *LONG, "--folder", tmp_path / "whole")
+    whole = typed("train", "demo", *LONG, "--folder", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     rng, folder, kills = random.Random(), tmp_path / "killed", 0
     while not (folder / "summary.json").exists():
@@ -194,17 +194,20 @@ def test_the_base_is_trained_first_and_once(tmp_path: Path) -> None:
     assert weights.keys() == read_tensors(Path(first.summary["base_weights"])).keys()
 
 
-def test_a_base_that_was_interrupted_continues_when_the_command_is_repeated(tmp_path: Path) -> None:
+def test_a_base_that_was_interrupted_continues_when_the_command_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     base = load("demo/pretrain", [*TINY, "train.steps=300", "train.save_every=300"], Run).config.model_dump()
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     arguments = ["train", "demo/linear", *TINY, "backbone.weights=config:base.yaml"]
-    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "runs/base/001/metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert "--resume" not in said.splitlines()[-1]
-    again = snell(*arguments, cwd=tmp_path)
+    again = typed(*arguments)
     assert again.returncode == 0, again.stderr
     assert "resumed after step" in again.stderr
     assert [p.name for p in (tmp_path / "runs/base").glob("[!.]*")] == ["001"]

@@ -40,7 +40,7 @@ class Case:
     """Overrides of the configuration, and a name that can be a file's.
 
     resume: a folder whose newest checkpoint the case goes on from; save: how many steps are done when it leaves one,
-    in the folder OUT/<name>; held: measure what a forward leaves in memory for its backward.
+    in the folder OUT/<name>; held: measure, after one step, what a forward leaves in memory for its backward.
     """
 
     name: str
@@ -122,11 +122,12 @@ def steps(config: Run, built: Built, plan: Plan, case: Case) -> tuple[dict[str, 
         assert found is not None, f"{case.resume} has no checkpoint"
         engine.load_state(found)
         start = found.meta.step
-    feed = Feed(built.splits.train, config.data, config.train.seed, start, plan.steps)
+    end = start + 1 if case.held else plan.steps
+    feed = Feed(built.splits.train, config.data, config.train.seed, start, end)
     watched = config.method.watched(engine.model)
     losses, norms, without = [], [], []
     engine.model.train()
-    for step in range(start, plan.steps):
+    for step in range(start, end):
         dist.seed_everything(config.train.seed, step, dist.rank())
         loss = built.task.step(engine, feed.step())
         gradients = {}

@@ -124,7 +124,9 @@ class Zero(EngineSection):
         self._check(work, deepspeed.__version__)
         meeting.ensure_group(work.device)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it where no launcher ran, too
-        # DeepSpeed compiles with ninja, and anew (a minute) where another version of it did: that of our environment,
+        # Sums of inference on CPUs, which nothing here calls: not to be compiled, silently and for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # What NVMe needs is compiled with ninja, and anew where another version of it did: that of our environment,
         # which need not be activated, goes before the system's.
         if shutil.which("ninja", path=(scripts := sysconfig.get_path("scripts"))):
             os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])

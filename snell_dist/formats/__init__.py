@@ -143,7 +143,8 @@ def serve(path: Path) -> Served:
     name = _holding(path)
     if name:
         return find(name).load(path)
-    known = "a run folder, or what snell export wrote"
+    whole = ", ".join(name for name in NAMES if hasattr(find(name), "load"))
+    known = f"a run folder, or what snell export wrote as {whole}"
     raise UserError(f"{path}: {'is no model' if path.exists() else 'no such folder'}; expected is {known}")
 
 

@@ -77,8 +77,7 @@ def _write_tokenizer(folder: Path, section: BackboneSection) -> None:
     write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     said = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": ours.context_length, "do_lower_case": True,
-        "bos_token": START,
-        "eos_token": END, "unk_token": END, "pad_token": END,
+        "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
     }  # fmt: skip
     write_atomic(folder / "tokenizer_config.json", json.dumps(said, indent=2))
 

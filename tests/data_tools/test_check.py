@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import snell
+from conftest import typed
 from mini_layouts import write_fgvc, write_vtab
 
 from snell_dist.data import fgvc, vtab
@@ -20,7 +20,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_what_is_there_and_what_is_missing(data: Path) -> None:
-    done = snell("data", "check", data, "--json")
+    done = typed("data", "check", data, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert [(f["benchmark"], f["dataset"]) for f in said["found"]] == [
@@ -32,7 +32,7 @@ def test_what_is_there_and_what_is_missing(data: Path) -> None:
     assert svhn["test"]["list_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     missing = {gap["dataset"] for gap in said["missing"]}
     assert missing == (set(vtab.DATASETS) | set(fgvc.DATASETS)) - {"cifar", "svhn", "cub"}
-    text = snell("data", "check", data).stdout
+    text = typed("data", "check", data).stdout
     assert f"train 40 of 10 classes {svhn['train']['list_sha256'][:12]}" in text
     assert "the published one has train 800, val 200, test 26,032 images" in text
     assert "to be had as NABirds of the Cornell Lab" in text
@@ -47,7 +47,7 @@ def test_every_broken_image_is_named(data: Path, quick: list[str]) -> None:
     whole = (images / "0060.png").read_bytes()
     (images / "0060.png").write_bytes(whole[: len(whole) // 2])
     (images / "0041.png").unlink()
-    done = snell("data", "check", data / "vtab-1k/svhn", *quick)
+    done = typed("data", "check", data / "vtab-1k/svhn", *quick)
     assert done.returncode == 2
     assert f"train: {images}/0000.png: is empty" in done.stdout
     assert "train: and 2 more images" in done.stdout
@@ -60,7 +60,7 @@ def test_lists_that_are_wrong(data: Path) -> None:
     whole = data / "vtab-1k/cifar/train800val200.txt"
     whole.write_text("".join(whole.read_text().splitlines(keepends=True)[:-1]))
     (data / "fgvc/CUB_200_2011/val.json").unlink()
-    done = snell("data", "check", data)
+    done = typed("data", "check", data)
     assert done.returncode == 2
     assert "train800val200 is not train800 and val200 together" in done.stdout
     assert "val.json: no such file (beside it: test.json, train.json)" in done.stdout
@@ -68,20 +68,20 @@ def test_lists_that_are_wrong(data: Path) -> None:
 
 def test_a_manifest_finds_every_change(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
-    assert snell("data", "manifest", data, "--out", file).stdout == f"{file}: 3 datasets\n"
-    assert snell("data", "check", data, "--against", file).returncode == 0
+    assert typed("data", "manifest", data, "--out", file).stdout == f"{file}: 3 datasets\n"
+    assert typed("data", "check", data, "--against", file).returncode == 0
     image = data / "fgvc/CUB_200_2011/images/part/0003.png"
     image.write_bytes((image.parent / "0004.png").read_bytes())
     (data / "vtab-1k/cifar").rename(data / "elsewhere")
     test = data / "vtab-1k/svhn/test.txt"
     test.write_text("".join(reversed(test.read_text().splitlines(keepends=True))))
-    done = snell("data", "check", data, "--against", file)
+    done = typed("data", "check", data, "--against", file)
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
         "fgvc cub train: its files differ", "vtab cifar: is gone", "vtab svhn test: its list differs",
     ]  # fmt: skip
     image.write_bytes(b"")
-    done = snell("data", "manifest", data, "--out", tmp_path / "other.json")
+    done = typed("data", "manifest", data, "--out", tmp_path / "other.json")
     assert done.returncode == 2
     assert "cub: broken" in done.stderr
     assert not (tmp_path / "other.json").exists()
@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["manifest", tmp_path, "--out", tmp_path], f"--out {tmp_path}: is a folder; name a file"),
         (["manifest", tmp_path, "--out", tmp_path / "no/m.json"], "no/m.json: its folder is not there; name a file"),
     ):
-        done = snell("data", *arguments)
+        done = typed("data", *arguments)
         assert done.returncode == 2
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, digest, snell, train, trained
+from conftest import ROOT, digest, train, trained, typed
 from mini_layouts import digits, write_fgvc, write_vtab
 from PIL import Image
 
@@ -112,7 +112,7 @@ def test_training_sees_the_same_batches(workers: int, tmp_path: Path) -> None:
 
 
 def test_the_command_and_a_run_on_what_it_wrote(tmp_path: Path) -> None:
-    done = snell("data", "pack", "demo", "--to", tmp_path / "pack", "--shard-size", "100", "data.classes=[1, 2, 7]")
+    done = typed("data", "pack", "demo", "--to", tmp_path / "pack", "--shard-size", "100", "data.classes=[1, 2, 7]")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'pack'}: 269 train, 107 val and 162 test images in 7 shards\n"
     one = train(tmp_path / "one", "data.classes=[1, 2, 7]")
@@ -208,4 +208,4 @@ def test_a_pack_that_is_killed_has_no_name(tmp_path: Path) -> None:
         process.wait()
     assert not (tmp_path / "pack").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    assert snell("data", "pack", ROOT / "configs" / "demo.yaml", "--to", tmp_path / "pack").returncode == 0
+    assert typed("data", "pack", ROOT / "configs" / "demo.yaml", "--to", tmp_path / "pack").returncode == 0

@@ -1,21 +1,17 @@
 """What real processes hold and send in a training step, counted without the package's own instrument.
 
-    torchrun --nproc-per-node=2 tests/distributed/footprints.py PLAN.json OUT
-    WORLD_SIZE=1024 python tests/distributed/footprints.py PLAN.json OUT
-
-Without torchrun a process pretends to be the first of WORLD_SIZE ranks: torch's fake process group sends nothing.
-PLAN.json: for each name the overrides of a configuration. OUT/<name>.json: what every rank saw in its third step, from
-the moment that the engine took the model. A collective's thread may be the last to let go of a tensor, which torch's
-profiler then does not see: storages are asked, at every operation, whether they are still there.
+A process may also pretend to be the first of many ranks: torch's fake process group sends nothing. A collective's
+thread may be the last to let go of a tensor, which torch's profiler then does not see: storages are asked, at every
+operation, whether they are still there.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +31,7 @@ from snell_dist.feed import Feed
 from snell_dist.run_config import Run
 
 SETTLES_S = 0.0005  # until a collective's thread has let go of what only chance makes it hold
+CPU = torch.device("cpu")
 MEASURED = 2  # the step of which is told; states exist, DDP has rebuilt its buckets
 
 
@@ -93,29 +90,33 @@ def storages(leaves: Any) -> Iterator[Any]:
             yield leaf.untyped_storage()
 
 
-def main(plan: Path, out: Path) -> None:
-    device = torch.device("cpu")
-    with meeting.process_group(device) if dist.launched_by_torchrun() else pretended():
-        for name, overrides in json.loads(plan.read_text()).items():
-            found = measure(load("demo", overrides, Run).config, device)
-            ranks = dist.gather_objects(found) if dist.launched_by_torchrun() else [found]
+Plan = Mapping[str, list[str]]  # a name's overrides of a configuration
+
+
+def count(plan: Plan, out: Path) -> None:
+    """OUT/<name>.json: what every rank saw in its third step, from the moment that the engine took the model."""
+    with meeting.process_group(CPU):
+        for name, overrides in plan.items():
+            found = dist.gather_objects(measure(overrides))
             if dist.rank() == 0:
-                (out / f"{name}.json").write_text(json.dumps(ranks))
-    dist.leave(0)
+                (out / f"{name}.json").write_text(json.dumps(found))
 
 
-@contextmanager
-def pretended() -> Iterator[None]:
-    if dist.world_size() > 1:
-        store = FakeStore()
-        torch.distributed.init_process_group("fake", store=store, rank=0, world_size=dist.world_size())
-    yield
+def pretend(plans: Mapping[int, Plan], out: Path) -> None:
+    """The same of the first of so many ranks, without the others."""
+    for ranks, plan in plans.items():
+        os.environ["WORLD_SIZE"] = str(ranks)
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        for name, overrides in plan.items():
+            (out / f"{name}.json").write_text(json.dumps([measure(overrides)]))
+        torch.distributed.destroy_process_group()
 
 
-def measure(config: Run, device: torch.device) -> dict[str, Any]:
+def measure(overrides: list[str]) -> dict[str, Any]:
     """Of this rank: bytes held between steps, the time line of a step, what went over the wire."""
+    config = load("demo", overrides, Run).config
     with taken_over(type(config.engine)) as alive:
-        built = build(config, None, device)
+        built = build(config, None, CPU)
         engine, weights = built.engine, described(built)
         feed = Feed(built.splits.train, config.data, 0, 0, MEASURED + 1)
         engine.model.train()
@@ -194,7 +195,3 @@ def described(built: Built) -> list[dict[str, Any]]:
         size = torch.Size(shape).numel() * parameter.element_size()
         found.append({"name": name, "block": block, "shape": shape, "bytes": size, "trains": parameter.requires_grad})
     return found
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -8,15 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT, TINY, train, trained
+from ranks import together
 
 # One template, since each rank draws its own; SGD, since AdamW amplifies the rounding of gradients near zero.
 PAIRS = ["backbone.templates=['the digit {}']", "optim.name=sgd", "optim.lr=0.05"]
 
 
-def torchrun(out: Path, *overrides: str, config: str = "demo", processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, "-m", "snell_dist", "train", config, *TINY, "method.rank=4", *overrides, "--out", str(out)]
+def torchrun(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "snell_dist", "train", "demo", *TINY, "method.rank=4", *overrides, "--out", str(out)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def together_train(ranks: int, out: Path, config: str, overrides: list[str]) -> Path:
+    """As torchrun's ranks would; the run's folder."""
+    together(ranks, train_in, out, config, overrides)
+    return out / config / "001"
+
+
+def train_in(out: Path, config: str, overrides: list[str]) -> None:
+    train(out, "method.rank=4", *overrides, config=config)
 
 
 def test_two_processes_equal_one_that_accumulates_bit_for_bit(tmp_path: Path) -> None:
@@ -33,9 +44,7 @@ def test_two_processes_equal_one_that_accumulates_bit_for_bit(tmp_path: Path) ->
 def test_two_processes_that_accumulate_equal_one(tmp_path: Path) -> None:
     """Sums in another order; SGD, since AdamW amplifies the rounding of gradients near zero."""
     sgd = ["optim.name=sgd", "optim.lr=0.05", "data.micro_batch_size=3"]
-    done = torchrun(tmp_path / "two", *sgd)
-    assert done.returncode == 0, done.stderr
-    two = trained(tmp_path / "two" / "demo" / "001")
+    two = trained(together_train(2, tmp_path / "two", "demo", sgd))
     one = trained(train(tmp_path / "one", "method.rank=4", *sgd).folder)
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-7)
@@ -45,9 +54,7 @@ def test_two_processes_that_accumulate_equal_one(tmp_path: Path) -> None:
 def test_pairs_over_ranks_are_those_of_the_whole_batch(processes: int, tmp_path: Path) -> None:
     """Each rank sees its own rows against all gathered features; micro-batches on top."""
     settings = [*PAIRS, "data.micro_batch_size=2"]
-    done = torchrun(tmp_path / "many", *settings, config="clip/digits", processes=processes)
-    assert done.returncode == 0, done.stderr
-    many = trained(tmp_path / "many" / "clip" / "digits" / "001")
+    many = trained(together_train(processes, tmp_path / "many", "clip/digits", settings))
     one = trained(train(tmp_path / "one", "method.rank=4", *PAIRS, config="clip/digits").folder)
     assert many.keys() == one.keys()
     for name, tensor in many.items():

@@ -6,14 +6,13 @@ FSDP2 also against torch's own sharding for the first of up to 1024 ranks, which
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT
+from footprints import count, pretend
+from ranks import together
 
 from snell_dist.config import load
 from snell_dist.engines import Job, Share
@@ -21,7 +20,6 @@ from snell_dist.footprint import HELD, Category, Footprint, Moment, Phase, Weigh
 from snell_dist.run_config import Run
 
 pytestmark = [pytest.mark.xdist_group("engine memory"), pytest.mark.timeout(1200)]
-SCRIPT = Path(__file__).with_name("footprints.py")
 SMALL = [
     "backbone.weights=null", "backbone.width=64", "backbone.depth=4", "backbone.heads=2", "train.device=cpu",
     "optim.clip_norm=1.0",
@@ -111,24 +109,15 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("footprints")
-    count(folder, {case.alone: case.one for case in CASES.values()}, 1)
-    for ranks in sorted({case.ranks for case in CASES.values()}):
-        for pretended in (False, True):
-            these = {n: c.engine for n, c in CASES.items() if (c.ranks, c.pretended) == (ranks, pretended)}
-            if these:
-                count(folder, these, ranks, pretended)
+    together(1, count, {case.alone: case.one for case in CASES.values()}, folder)
+    for ranks in (2, 4):
+        together(ranks, count, plan(ranks, pretended=False), folder)
+    together(1, pretend, {ranks: plan(ranks, pretended=True) for ranks in MANY}, folder)
     return folder
 
 
-def count(folder: Path, plan: dict[str, list[str]], ranks: int, pretended: bool = False) -> None:
-    """Runs the script, once for all."""
-    file = folder / f"{ranks}.json"
-    file.write_text(json.dumps(plan))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 and not pretended else []), SCRIPT, file, folder]
-    environment = ENVIRONMENT | ({"WORLD_SIZE": str(ranks)} if pretended else {})
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+def plan(ranks: int, pretended: bool) -> dict[str, list[str]]:
+    return {n: c.engine for n, c in CASES.items() if (c.ranks, c.pretended) == (ranks, pretended)}
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every engine gives the numbers of one process that accumulates, and goes on from what any other saved.
 
-Two real processes under torchrun run all cases of a kind in one job: DeepSpeed's start takes longer than the steps.
+Two real processes run all cases of a kind in one group: DeepSpeed's start takes longer than the steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAMPLE = [(engine, "snell", remat) for engine in ENGINES for remat in ("none", "
 ]  # fmt: skip
 # What a forward leaves for backward, at a width where a kept matrix shows: 12 width^2 numbers a block.
 WIDE = [
-    "backbone.weights=null", "backbone.width=512", "backbone.depth=4", "backbone.heads=4", "data.batch_size=2",
+    "backbone.weights=null", "backbone.width=512", "backbone.depth=2", "backbone.heads=4", "data.batch_size=2",
     "train.device=cpu",
 ]  # fmt: skip
 BLOCK_BYTES = 12 * 512**2 * 4
@@ -109,10 +109,10 @@ def test_clipped_and_accumulated_the_same_but_for_rounding(engine: str, out: Pat
 
 @pytest.mark.parametrize(("engine", "method"), HELD)
 def test_nothing_gathered_or_merged_is_kept_between_forward_and_backward(engine: str, method: str, out: Path) -> None:
-    """Without recomputation. Of four blocks one kept matrix is 1/12 of a block at least; activations are 0.18."""
+    """Without recomputation. One kept matrix is 1/12 of a block at least; activations of both blocks are 0.09."""
     found = trace(out, f"{engine}-{method}-held")
     assert found.held_bytes is not None
-    assert found.held_bytes < 0.25 * BLOCK_BYTES
+    assert found.held_bytes < 0.125 * BLOCK_BYTES
 
 
 READERS = {"one": ["data.micro_batch_size=4"], **{e: ENGINES[e] for e in ("ddp", "fsdp", "zero1", "zero2", "zero3")}}

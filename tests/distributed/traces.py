@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ranks import together
 from safetensors.torch import load_file
 from torch import Tensor
 
 from snell_dist.doctor import parity
+from snell_dist.doctor import trace as traced
 from snell_dist.doctor.trace import Case, Plan, Trace
 
 # A model of a second, without what ranks draw for themselves; 8 images a step.
@@ -23,15 +25,13 @@ ENGINES = parity.ENGINES | {
 }
 
 
-def follow(out: Path, cases: Sequence[Case], steps: int, processes: int = 0, config: str = "demo") -> None:
-    """All cases in one job of so many processes; 0: one without a launcher."""
-    parity.follow(Plan(config, list(cases), steps, "cpu", out), processes, limit_s=300)
+def follow(out: Path, cases: Sequence[Case], steps: int, processes: int = 1) -> None:
+    """All cases in one group of so many processes."""
+    together(processes, traced.follow, Plan("demo", list(cases), steps, "cpu", out))
 
 
 def trace(out: Path, name: str) -> Trace:
-    found = Trace.read(out, name)
-    assert found.died is None, found.died
-    return found
+    return Trace.read(out, name)
 
 
 def weights(out: Path, name: str) -> dict[str, Tensor]:

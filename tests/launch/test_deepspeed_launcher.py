@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,11 @@ from ssh import Ssh
 from training import ENVIRONMENT, RANKS, SETTINGS, Result, alone
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(1200)]
-# The first process that uses DeepSpeed without a GPU compiles this, silently and for minutes where others compute.
-WARM = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)"
 ZERO = ["engine.name=zero", "engine.stage=3"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """And DeepSpeed is compiled."""
-    subprocess.run([sys.executable, "-c", WARM], env=ENVIRONMENT, check=True, timeout=500, capture_output=True)
     return alone(tmp_path_factory.mktemp("one"))
 
 

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, TINY, snell
+from conftest import ENVIRONMENT, TINY, snell, typed
 
 from snell_dist.config import ConfigError, UserError, load
 from snell_dist.launch import hosts, machine, plan
@@ -311,7 +311,7 @@ def test_a_machine_without_address_is_named(tmp_path: Path) -> None:
 
 def test_a_run_of_another_configuration_is_refused_before_it_starts(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert snell("train", "demo", *TINY, "train.steps=1", "--folder", run).returncode == 0
+    assert typed("train", "demo", *TINY, "train.steps=1", "--folder", run).returncode == 0
     status, _, said = launch("--via", "torchrun", "--run", run, "train.steps=2")
     assert status == 2
     assert "they differ in train.steps" in said
