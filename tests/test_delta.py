@@ -221,7 +221,11 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(finished: Path,
     kept = state(other_head)
     with pytest.raises(UserError, match="head cannot be replaced"):
         apply_delta(other_head, file, replace_head=True)
-    assert state(other_head) == kept, "what was put there before is taken back"
+    resident = Resident(other_head)
+    with pytest.raises(UserError, match="head cannot be replaced"):
+        resident.add("five", file)
+    assert resident.tasks == []
+    assert state(other_head) == kept
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,9 @@ def test_other_files_are_no_deltas(finished: Path, file: Path, tmp_path: Path) -
         delta.read(finished / "adapter.safetensors")
     with pytest.raises(UserError, match="no such file"):
         apply_delta(torch.nn.Linear(1, 1), tmp_path)
+    save_file({}, tmp_path / DELTA, read_metadata(file) | {"shapes": "{"})
+    with pytest.raises(UserError, match="damaged: what it says of itself cannot be read"):
+        delta.read(tmp_path / DELTA)
     (tmp_path / DELTA).write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         delta.read(tmp_path / DELTA)

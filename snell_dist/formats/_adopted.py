@@ -76,9 +76,9 @@ def read(folder: Path, config: Run, classes: int) -> Adopted:
 
 def _homes(state: Mapping[str, Tensor]) -> list[str]:
     endings = ".snell_a", ".lora_A.weight"
-    return [
+    return sorted(
         name.removeprefix(_peft_names.HOME).removesuffix(end) for name in state for end in endings if name.endswith(end)
-    ]
+    )
 
 
 def _transformers_names(

@@ -36,8 +36,8 @@ from snell_dist.run_config import Run
 # 1118 MiB at the peak of a step of all 256 images
 LARGE = [
     "demo", "backbone.weights=null", "backbone.width=64", "backbone.depth=4", "backbone.heads=2",
-    "backbone.image_size=32", "data.image_size=32", "data.batch_size=256", "data.eval_batch_size=16", "train.steps=2",
-    "train.log_every=1", "train.eval_every=null", "train.save_every=1", "train.device=cpu",
+    "backbone.image_size=32", "data.image_size=32", "data.batch_size=256", "data.eval_batch_size=16", "train.steps=4",
+    "train.log_every=1", "train.eval_every=null", "train.save_every=2", "train.device=cpu",
 ]  # fmt: skip
 ROOM = 200 * MIB  # beyond what a run of a few images at a time takes
 # Each tensor a mapping of its own: a limit on the address space counts those that live, and no loose pieces of a heap.
