@@ -213,11 +213,14 @@ def _numbers(run: Finished, empty: Backbone) -> Mapping[str, Tensor]:
 
 
 def _stored(run: Finished, injected: Backbone) -> dict[str, Literal["bfloat16", "int8", "nf4"]]:
-    """Weights that the run kept in fewer bits, and in which."""
-    kind, trained = run.config.precision.frozen, set(run.trained(injected))
-    if kind == "float32":
-        return {}
-    matrices = nn.Linear if kind in ("int8", "nf4") else (nn.Linear, nn.Conv2d, nn.Embedding)
-    modules = injected.model.named_modules()
-    found = {f"{path}.weight".removeprefix(".") for path, module in modules if isinstance(module, matrices)}
-    return dict.fromkeys(found - trained, kind)
+    """Weights that the run kept in fewer bits, and in which; see `precision.apply`."""
+    said, trained = run.config.precision, set(run.trained(injected))
+    packed = said.frozen if said.frozen in ("int8", "nf4") else None
+    halved: Literal["bfloat16"] | None = "bfloat16" if said.compute == "bfloat16" and said.frozen != "float32" else None
+    found = {}
+    for path, module in injected.model.named_modules():
+        name = f"{path}.weight".removeprefix(".")
+        kind = packed if packed and isinstance(module, nn.Linear) else halved
+        if kind and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name not in trained:
+            found[name] = kind
+    return found

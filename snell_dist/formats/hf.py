@@ -122,6 +122,7 @@ class _Processed:
 
 def load(folder: Path) -> Served:
     """UserError where Transformers fills in what the files lack."""
+    from snell_dist import weights
     from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
@@ -129,8 +130,9 @@ def load(folder: Path) -> Served:
     name = _json.read(folder / CONFIG)["architectures"][0]
     model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise UserError(f"{folder}: {name} has {kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))}")
+        odd = [str(key) for key in report[kind] if not str(key).endswith(weights.BUFFERS)]
+        if odd:
+            raise UserError(f"{folder}: {name} has {kind.replace('_', ' ')}: {', '.join(odd)}")
     model = model.float().eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     said, told = model.config, _zero_shot.read(folder)

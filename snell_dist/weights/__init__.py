@@ -27,9 +27,9 @@ from torch import Tensor
 
 from snell_dist.config import UserError, first_line
 from snell_dist.weights import _files, _unwrap
-from snell_dist.weights._fit import KEY, Report, fit, fitted
+from snell_dist.weights._fit import BUFFERS, KEY, Report, fit, fitted
 
-__all__ = ["KEY", "LAYOUTS", "Published", "Report", "fit", "fitted", "is_gone", "is_source", "read"]
+__all__ = ["BUFFERS", "KEY", "LAYOUTS", "Published", "Report", "fit", "fitted", "is_gone", "is_source", "read"]
 
 _FOUND = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 LAYOUTS: dict[str, Any] = {

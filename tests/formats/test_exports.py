@@ -325,6 +325,15 @@ def test_what_no_weight_holds_goes_into_a_graph_alone(runs: Runs, tmp_path: Path
     assert made.error is not None and made.error <= TOLERANCE
 
 
+@pytest.mark.parametrize("frozen", ["bfloat16", "int8", "nf4"])
+def test_a_base_kept_in_fewer_bits_is_folded_as_it_was_kept(tmp_path: Path, frozen: str) -> None:
+    """Also layers that nothing adapts."""
+    precision = {"compute": "bfloat16", "frozen": frozen}
+    folder = finish(tmp_path / "run", VIT, SNELL | {"targets": ["q", "proj"]}, precision=precision)
+    made = formats.export(folder, "timm", tmp_path / "out")
+    assert made.error is not None and made.error <= TOLERANCE
+
+
 def test_a_graph_is_of_float32(runs: Runs, tmp_path: Path) -> None:
     said = refusal(runs.get("vit"), "onnx", tmp_path / "out", dtype="bfloat16")
     assert said == "--format onnx: --dtype bfloat16: the graph computes in float32"
