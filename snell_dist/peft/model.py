@@ -9,11 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
