@@ -37,7 +37,6 @@ from snell_dist.run_config import Run
 from snell_dist.selection import Selection
 from snell_dist.train import loop
 
-BATCH = 4
 SETTINGS = [
     *(
         "backbone.weights=null",
@@ -46,7 +45,7 @@ SETTINGS = [
         "backbone.depth=null",
         "backbone.heads=null",
     ),
-    *("backbone.image_size=224", "backbone.patch_size=16", "data.image_size=224", f"data.batch_size={BATCH}"),
+    *("backbone.image_size=224", "backbone.patch_size=16", "data.image_size=224", "data.batch_size=4"),
     *("method.rank=8", "method.also_train=[head]"),
     *("optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_steps=0", "optim.clip_norm=1.0"),
     *("train.device=cpu", "train.eval_every=null", "train.save_every=1000000", "train.steps=1000000"),
@@ -82,6 +81,7 @@ def measure(settings: list[str], rounds: int, folder: Path) -> dict[str, Any]:
     harness, peft = figures["seconds"].values()
     ratio = figures["ratio"]  # of the harness over PEFT; said the other way round
     return {
+        "batch_size": config.data.batch_size,
         "seconds": {"harness": harness, "peft": peft},
         "ratio": {"median": 1 / ratio["median"], "least": 1 / ratio["most"], "most": 1 / ratio["least"]},
         "losses": figures["losses"],
@@ -106,7 +106,9 @@ def markdown(report: dict[str, Any]) -> str:
     seconds, ratio = report["seconds"], report["ratio"]
     spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}"
     times = " | ".join(f"{1000 * each:.0f} ms" for each in seconds.values())
-    about = f"ViT-B/16, SNELL-8, batches of {BATCH}, {report['threads']} threads, {report['rounds']} rounds"
+    about = (
+        f"ViT-B/16, SNELL-8, batches of {report['batch_size']}, {report['threads']} threads, {report['rounds']} rounds"
+    )
     other = f" ({' '.join(report['settings'])})" if report["settings"] else ""
     lines = [
         "| harness | PEFT | **PEFT / harness** | least to most |",

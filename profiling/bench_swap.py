@@ -74,9 +74,8 @@ def measure(name: str, sparsity: float, device: torch.device, swaps: int) -> dic
         row["file_bytes"] = files[0].stat().st_size
         row["first_add_s"], _ = timed(lambda: resident.add("0", files[0]), device)
         row["add_s"], _ = timed(lambda: resident.add("1", files[1]), device)
-        kept = resident._tasks["0"]
-        tensors = [t for e in kept.entries.values() for t in (e.positions, e.values)]
-        row["memory_bytes"] = sum(t.nbytes for t in (*tensors, *kept.whole.values()))
+        tensors = [t for e in made[0].entries.values() for t in (e.positions, e.values)]
+        row["memory_bytes"] = sum(t.nbytes for t in (*tensors, *made[0].whole.values()))
         row["base_bytes"] = sum(t.nbytes for t in model.state_dict().values())
         resident.use("0")
         merged = Path(folder) / "merged.safetensors"

@@ -24,8 +24,8 @@ def finish(
     folder: Path, backbone: Mapping[str, Any], method: Mapping[str, Any], *, task: str = "classify",
     classes: Sequence[str] = CLASSES, scale: float = 0.2, resize: str = "squeeze", **sections: Any,
 ) -> Path:  # fmt: skip
-    """Writes the folder, with the base's weights beside it; every trained tensor is normal of deviation `scale`,
-    and so are the base's, but for vectors, which are near 1. Returns the folder.
+    """Writes the folder, with the base's weights beside it. The base's are normal of deviation `scale`, vectors about
+    1; what trains is that far from where it starts. Returns the folder.
     """
     torch.manual_seed(len(classes))
     said = {"name": "digits", "image_size": 8}
@@ -47,7 +47,7 @@ def finish(
     names = config.method.trainable(built)
     for name, parameter in built.model.named_parameters():
         if name in names:
-            parameter.data.normal_(0, scale).add_(1.0 if parameter.ndim < 2 else 0.0)
+            parameter.data.add_(scale * torch.randn_like(parameter))
     for buffer in methods.remembered(built.model).values():
         buffer.copy_(torch.rand(buffer.shape) < 0.1 if buffer.dtype == torch.bool else buffer)
     state = built.model.state_dict()

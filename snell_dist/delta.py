@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from snell_dist.anatomy import fingerprint_of
-from snell_dist.config import UserError, nearest
+from snell_dist.config import UserError, first_line, nearest
 from snell_dist.tensor_files import read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class Entries:
     def as_bitmap(self) -> bool:
         """Whether a bitmap is smaller than indices."""
         return -(-self.numel // 8) < INDEX_BYTES * len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """In a file of float32 values."""
+        return self.values.nbytes + min(-(-self.numel // 8), INDEX_BYTES * len(self.values))
 
     def packed(self) -> Tensor:
         """The positions as a file has them: int32 [n], or a bitmap uint8 [numel / 8], lowest bit first."""
@@ -128,7 +133,11 @@ def read(file: Path) -> Delta:
     tensors, metadata = read_tensors(file), read_metadata(file)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{file}: not a delta file of this version (format {metadata.get('format')!r}, not {FORMAT!r})")
-    said = {key: json.loads(metadata[key]) for key in ("shapes", "head", "method", "classes", "renamed", "about")}
+    try:
+        said = {key: json.loads(metadata[key]) for key in ("shapes", "head", "method", "classes", "renamed", "about")}
+        base, base_sha256 = metadata["base"], metadata["base_sha256"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: damaged: what it says of itself cannot be read ({first_line(error)})") from None
     entries = {}
     for name, shape in said["shapes"].items():
         if not {name + VALUES, name + POSITIONS} <= tensors.keys():
@@ -139,7 +148,7 @@ def read(file: Path) -> Delta:
             raise UserError(f"{file}: damaged: the positions of {name} do not fit its shape {shape} and its values")
     whole = {name: tensor.float() for name, tensor in tensors.items()}
     return Delta(
-        entries, whole, metadata["base"], metadata["base_sha256"], tuple(said["head"]), said["method"], said["classes"],
+        entries, whole, base, base_sha256, tuple(said["head"]), said["method"], said["classes"],
         said["renamed"], said["about"],
     )  # fmt: skip
 
@@ -176,13 +185,15 @@ class Applied:
 
     def __init__(self, model: nn.Module, delta: Delta) -> None:
         self.classes = delta.classes
-        self._model, self._undo = model, _put(model, delta)
+        self._model = model
+        self._undo: list[Undo] | None = _put(model, delta)
         _CARRIERS.add(model)
 
     def remove(self) -> None:
         """Gives the base its own bits back; the second time nothing happens."""
-        if self._undo:
+        if self._undo is not None:
             _take_back(self._undo)
+            self._undo = None
             _CARRIERS.discard(self._model)
 
     def __enter__(self) -> Self:
@@ -285,8 +296,7 @@ def _checked(model: nn.Module, given: Delta | str | Path, replace_head: bool, kn
             raise UserError(
                 f"apply_delta: this model has no {name} of shape {list(entries.shape)}: is the file damaged?"
             )
-    if not replace_head:
-        _check_head(model, delta)
+    _check_head(model, delta, replace_head)
     return delta
 
 
@@ -294,13 +304,31 @@ def _file(said: Path) -> Path:
     return said / DELTA if said.is_dir() else said
 
 
-def _check_head(model: nn.Module, delta: Delta) -> None:
+def _check_head(model: nn.Module, delta: Delta, replace: bool) -> None:
+    """UserError where the model's classifier cannot take the delta's numbers, nor give way to it."""
     own = model.state_dict()
-    for name, tensor in sorted(delta.whole.items(), key=lambda item: -item[1].dim()):  # a matrix says it best
-        if name not in own or own[name].shape != tensor.shape:
+    for name in sorted(_misfits(own, delta), key=lambda name: -delta.whole[name].dim()):  # a matrix says it best
+        if not replace:
             mine = list(own[name].shape) if name in own else "not there"
-            message = f"{name} is {mine} in this model, and {list(tensor.shape)} for {len(delta.classes)} classes"
-            raise UserError(f"apply_delta: {message}: replace_head=True puts the delta's own there meanwhile")
+            theirs = f"{list(delta.whole[name].shape)} for {len(delta.classes)} classes"
+            message = f"{name} is {mine} in this model, and {theirs}: replace_head=True puts the delta's own there"
+            raise UserError(f"apply_delta: {message} meanwhile")
+        path = name.rpartition(".")[0]
+        weight = delta.whole.get(f"{path}.weight")
+        if weight is None or weight.dim() != 2 or not isinstance(_module(model, path), nn.Linear | nn.Identity):
+            raise UserError(f"apply_delta: {path or name} cannot be replaced: is it another kind of classifier?")
+
+
+def _misfits(own: Mapping[str, Tensor], delta: Delta) -> list[str]:
+    """What is whole in the delta and has no such place in the model."""
+    return [name for name, tensor in delta.whole.items() if name not in own or own[name].shape != tensor.shape]
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 Undo = Callable[[], None]
@@ -314,7 +342,7 @@ def _put(model: nn.Module, delta: Delta) -> list[Undo]:
     try:
         for name, entries in delta.entries.items():
             undo.append(_add(own[name], entries))
-        misfits = [n for n, tensor in delta.whole.items() if n not in own or own[n].shape != tensor.shape]
+        misfits = _misfits(own, delta)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in misfits):
             undo.append(_replace_linear(model, path, delta.whole))
         own = dict(model.state_dict(keep_vars=True)) if misfits else own
@@ -358,10 +386,7 @@ def _replace_linear(model: nn.Module, path: str, whole: Mapping[str, Tensor]) ->
     """A classifier of the delta's size in place of the model's; its numbers come afterwards."""
     parent, _, leaf = path.rpartition(".")
     place, old = model.get_submodule(parent), model.get_submodule(path)
-    weight = whole.get(f"{path}.weight")
-    if weight is None or weight.dim() != 2 or not isinstance(old, nn.Linear | nn.Identity):
-        raise UserError(f"apply_delta: {path} cannot be replaced: is it another kind of classifier?")
-    like = next(model.parameters())
+    weight, like = whole[f"{path}.weight"], next(model.parameters())
     new = nn.Linear(weight.shape[1], weight.shape[0], f"{path}.bias" in whole, device=like.device, dtype=like.dtype)
     new.requires_grad_(False)
     setattr(place, leaf, new.train(old.training))

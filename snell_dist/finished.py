@@ -58,8 +58,7 @@ class Finished:
     def weights(self) -> str | None:
         """Where the base's are. UserError where they are no longer there."""
         said = self.summary["base_weights"]
-        looks_local = said is not None and weights.is_source(said) and not said.startswith("hub:")
-        if looks_local and not Path(said).expanduser().exists():
+        if said is not None and weights.is_gone(said):
             where = f"is not where it was (seen from {Path.cwd()})"
             raise UserError(f"{self.folder}: its base {said} {where}: put it back, or go where the run was started")
         return said
@@ -137,15 +136,15 @@ class Folded(Mapping[str, Tensor]):
 
     def __init__(self, run: Finished) -> None:
         self._run = run
-        empty = run.empty()
+        empty, injected = run.empty(), run.empty()
         self.shapes = {name: _float32(tensor) for name, tensor in empty.model.state_dict().items()}
-        self._base = _numbers(run, empty)
         with torch.device("meta"):
-            run.config.method.inject(empty)
-        methods.check_mergeable(empty.model)
-        run.check_tensors(empty)
-        self._stored = _stored(run, empty)
-        self._model = empty.model
+            run.config.method.inject(injected)
+        methods.check_mergeable(injected.model)
+        run.check_tensors(injected)
+        self._stored = _stored(run, injected)
+        self._model = injected.model
+        self._base = _numbers(run, empty)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -214,11 +213,14 @@ def _numbers(run: Finished, empty: Backbone) -> Mapping[str, Tensor]:
 
 
 def _stored(run: Finished, injected: Backbone) -> dict[str, Literal["bfloat16", "int8", "nf4"]]:
-    """Weights that the run kept in fewer bits, and in which."""
-    kind, trained = run.config.precision.frozen, set(run.trained(injected))
-    if kind == "float32":
-        return {}
-    matrices = nn.Linear if kind in ("int8", "nf4") else (nn.Linear, nn.Conv2d, nn.Embedding)
-    modules = injected.model.named_modules()
-    found = {f"{path}.weight".removeprefix(".") for path, module in modules if isinstance(module, matrices)}
-    return dict.fromkeys(found - trained, kind)
+    """Weights that the run kept in fewer bits, and in which; see `precision.apply`."""
+    said, trained = run.config.precision, set(run.trained(injected))
+    packed = said.frozen if said.frozen in ("int8", "nf4") else None
+    halved: Literal["bfloat16"] | None = "bfloat16" if said.compute == "bfloat16" and said.frozen != "float32" else None
+    found = {}
+    for path, module in injected.model.named_modules():
+        name = f"{path}.weight".removeprefix(".")
+        kind = packed if packed and isinstance(module, nn.Linear) else halved
+        if kind and isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and name not in trained:
+            found[name] = kind
+    return found

@@ -30,7 +30,7 @@ class Prompts(nn.Module):
         x: Tensor = arguments[0]  # [B, N, D]
         if x.ndim != 3:
             raise UserError(f"method.name = 'prompt': {type(block).__name__} takes {list(x.shape)}, no plain tokens")
-        return torch.cat([x, self.tokens.to(x.dtype).expand(len(x), -1, -1)], 1), *arguments[1:]
+        return torch.cat([x, self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)], 1), *arguments[1:]
 
     def _leave(self, block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         return output[:, : -len(self.tokens)]

@@ -48,15 +48,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def stream_tensors(
     file: Path, shapes: Mapping[str, Tensor], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FOR_TORCH
 ) -> None:
-    """As `write_tensors`, holding one tensor at a time: `shapes` says what will come (tensors on the meta device),
-    `tensors` makes each when it is asked for. UserError where the file cannot be written.
+    """As `write_tensors`, holding one tensor at a time: `shapes` says what will come (tensors on the meta device), and
+    in which order `tensors`, which makes each when it is asked for, is asked; their order in the file is that of names.
+    UserError where the file cannot be written.
     """
     names = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))  # large elements first: all aligned
     header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
+    starts, end = {}, 0
     for name in names:
-        start, end = end, end + shapes[name].numel() * shapes[name].element_size()
-        said = {"dtype": NAMES[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": [start, end]}
+        starts[name], end = end, end + shapes[name].numel() * shapes[name].element_size()
+        place = [starts[name], end]
+        said = {"dtype": NAMES[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": place}
         header[name] = said
     words = json.dumps(header, separators=(",", ":")).encode()
     words += b" " * (-len(words) % ALIGNED)
@@ -64,9 +66,11 @@ def stream_tensors(
     try:
         with temporary.open("wb") as stream:
             stream.write(len(words).to_bytes(8, "little") + words)
-            for name in names:
+            first = stream.tell()
+            for name in shapes:
                 tensor = tensors[name].detach().to(device="cpu", dtype=shapes[name].dtype).contiguous()
                 assert tensor.shape == shapes[name].shape, name
+                stream.seek(first + starts[name])
                 stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         sync(temporary)
         temporary.replace(file)

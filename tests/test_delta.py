@@ -11,11 +11,12 @@ import pytest
 import timm
 import torch
 from conftest import digest, train
+from finished_runs import finish
 from safetensors.torch import load_file, save_file
 
 import snell_dist
 from snell_dist import delta, finished, formats
-from snell_dist.config import UserError
+from snell_dist.config import Plugin, UserError
 from snell_dist.delta import DELTA, Entries, Resident, apply_delta
 from snell_dist.tensor_files import read_metadata
 
@@ -143,6 +144,24 @@ def test_open_clips_own_model_takes_a_delta_of_both_towers(finished_clip: Path, 
     assert state(model) == before
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
+@pytest.mark.parametrize("method", ["snell", "snella", "sparse"])
+def test_every_family_takes_the_delta_of_every_sparse_method(family: str, method: str, tmp_path: Path) -> None:
+    """Of made-up factors; the export compares logits with the run's, and here weights."""
+    smallest = {"name": family, **Plugin("backbones").find(family).smallest}  # type: ignore[attr-defined]
+    said = {"sparsity": 0.8} | ({} if method == "sparse" else {"rank": 2})
+    run = finish(tmp_path / "run", smallest, {"name": method, **said})
+    made = formats.export(run, "delta", tmp_path / "delta")
+    assert made.error is not None
+    assert made.error < 1e-6
+    model = finished.read(run).base().model  # of timm
+    before, expected = state(model), merged(run).state_dict()
+    with apply_delta(model, made.folder):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    assert state(model) == before
+
+
 def test_many_tasks_take_turns_on_one_base(finished: Path, file: Path, other: Path, tmp_path: Path) -> None:
     model = base(finished, classes=1000)
     before, head = state(model), model.head
@@ -202,7 +221,11 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(finished: Path,
     kept = state(other_head)
     with pytest.raises(UserError, match="head cannot be replaced"):
         apply_delta(other_head, file, replace_head=True)
-    assert state(other_head) == kept, "what was put there before is taken back"
+    resident = Resident(other_head)
+    with pytest.raises(UserError, match="head cannot be replaced"):
+        resident.add("five", file)
+    assert resident.tasks == []
+    assert state(other_head) == kept
 
 
 @pytest.mark.parametrize(
@@ -229,6 +252,9 @@ def test_other_files_are_no_deltas(finished: Path, file: Path, tmp_path: Path) -
         delta.read(finished / "adapter.safetensors")
     with pytest.raises(UserError, match="no such file"):
         apply_delta(torch.nn.Linear(1, 1), tmp_path)
+    save_file({}, tmp_path / DELTA, read_metadata(file) | {"shapes": "{"})
+    with pytest.raises(UserError, match="damaged: what it says of itself cannot be read"):
+        delta.read(tmp_path / DELTA)
     (tmp_path / DELTA).write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         delta.read(tmp_path / DELTA)
@@ -239,6 +265,7 @@ def test_other_files_are_no_deltas(finished: Path, file: Path, tmp_path: Path) -
     [
         (["method.name=lora"], "method lora changes every entry: choose timm, open_clip or peft"),
         (["method.sparsity=0"], "method snell changes every entry"),
+        (["method.name=snella", "method.sparsity=0.01"], "9.% of the entries change: choose timm or open_clip"),
         (["method.name=full"], "method full trains every weight"),
         (["method.name=prompt"], "method prompt adds modules"),
         (

@@ -36,7 +36,7 @@ FLOORS = [
     ["__main__"],
 ]
 # folders whose files are parts of one thing
-WHOLES = "benchmarks", "cli", "data_tools", "doctor", "launch", "memory", "ops", "report", "weights"
+WHOLES = "benchmarks", "cli", "data_tools", "doctor", "launch", "memory", "ops", "peft", "report", "weights"
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

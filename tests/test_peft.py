@@ -85,7 +85,7 @@ MODELS: dict[Callable[[], nn.Module], tuple[Run, dict[str, Any]]] = {
     clip: (lambda m: m(pixel_values=IMAGES, input_ids=TOKENS).logits_per_image, {}),
     llama: (lambda m: m(input_ids=TOKENS).logits, {"task_type": "CAUSAL_LM"}),
     gpt2: (lambda m: m(input_ids=TOKENS).logits, {"parameters_to_save": ["*.c_attn.bias"]}),
-    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "pos_embed"]}),
+    timm_vit: (lambda m: m(IMAGES), {"modules_to_save": ["head"], "parameters_to_save": ["cls_token", "*.fc1.bias"]}),
 }
 
 
@@ -309,6 +309,10 @@ def test_factors_stay_float32_beside_a_bfloat16_base(tmp_path: Path) -> None:
     for low in (False, True):
         again = PeftModel.from_pretrained(made(timm_vit).bfloat16(), tmp_path, low_cpu_mem_usage=low)
         assert torch.equal(again(images), after)
+        again.load_adapter(tmp_path, "second", low_cpu_mem_usage=low)
+        assert torch.equal(again(images), after)
+        again.set_adapter("second")
+        assert torch.equal(again(images), after)
     wide = PeftModel.from_pretrained(made(timm_vit), tmp_path)  # the same base in float32 is the same base
     assert relative(wide(IMAGES), after.float()) < 0.05
     model.merge_adapter()
@@ -356,6 +360,7 @@ def test_it_compiles_whole() -> None:
     ({"target_modules": ["attn"]}, "Target module blocks.0.attn is a Attention. Currently, only"),
     ({"target_modules": ["norm1"]}, "Target module blocks.0.norm1 is a LayerNorm"),
     ({"target_modules": ["qvk"], "exclude_modules": None}, "Target modules {'qvk'} not found in the base model"),
+    ({"target_modules": None}, "Please specify `target_modules`"),
     ({"parameters_to_save": ["cls_tokn"]}, "`parameters_to_save` = 'cls_tokn': matches no parameter, did you mean"),
     ({"layers_pattern": "blocks"}, "`layers_to_transform` must also be specified"),
     ({"seed": "one"}, "`seed` must be an integer or None; got 'one'"),

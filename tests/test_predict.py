@@ -167,8 +167,8 @@ def test_what_was_exported_is_as_accurate_as_the_run(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere: no such folder; expected is a run folder, or what snell export wrote"),
-        (["."], ".: is no model; expected is a run folder, or what snell export wrote"),
+        (["nowhere"], "nowhere: no such folder; expected is a run folder, or what snell export wrote as delta, hf,"),
+        (["."], ".: is no model; expected is a run folder, or what snell export wrote as delta, hf,"),
         (["nowhere", "--top", "0"], "--top 0 --batch-size 32: both must be at least 1"),
     ],
 )

@@ -21,6 +21,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def export(folder: Path, name: str, to: Path, dtype: str = "float32", proven: bo
     format.check(run)
     with new_folder(to) as place:
         format.write(run, place, DTYPES[dtype])
-        error = prove(run, format.reload(run, place), LIMITS[dtype]) if proven else None
+        error = prove(run, partial(format.reload, run, place), LIMITS[dtype]) if proven else None
         card.write(place, run, name, format.LIBRARY, format.usage(run), _proof(error, dtype))
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     return Exported(to, size, error)
@@ -122,18 +123,25 @@ def _proof(error: float | None, dtype: str) -> str:
     return f"Weights in {dtype}; reloaded, their logits differ from the run's by {error:.1e}, relative."
 
 
-@torch.no_grad()
-def prove(run: Finished, theirs: Served, limit: float) -> float:
-    """The relative error |theirs - ours| / |ours| of logits on made-up images. UserError where it exceeds `limit`."""
-    images = torch.randn(PROVEN_ON, *theirs.image_shape, generator=torch.Generator().manual_seed(0))
-    found = theirs.logits(images).double()
-    del theirs  # one model at a time
-    ours = serve_run(run).logits(images).double()
+def prove(run: Finished, reload: Callable[[], Served], limit: float) -> float:
+    """The relative error |theirs - ours| / |ours| of logits on made-up images, one model in memory after the other.
+
+    UserError where it exceeds `limit`.
+    """
+    found, ours = _tried(reload), _tried(partial(serve_run, run))
     error = ((found - ours).norm() / ours.norm()).item()
     if not error <= limit:
         raise UserError(f"{run.folder}: reloaded, its logits differ by {error:.1e}, more than {limit:.0e}; not kept")
     log.info(f"reloaded: logits differ by {error:.1e}, relative, on {PROVEN_ON} images")
     return error
+
+
+@torch.no_grad()
+def _tried(make: Callable[[], Served]) -> Tensor:
+    """Logits, of a model that goes when they are there."""
+    served = make()
+    images = torch.randn(PROVEN_ON, *served.image_shape, generator=torch.Generator().manual_seed(0))
+    return served.logits(images).double()
 
 
 def serve(path: Path) -> Served:
@@ -143,7 +151,8 @@ def serve(path: Path) -> Served:
     name = _holding(path)
     if name:
         return find(name).load(path)
-    known = "a run folder, or what snell export wrote"
+    whole = ", ".join(name for name in NAMES if hasattr(find(name), "load"))
+    known = f"a run folder, or what snell export wrote as {whole}"
     raise UserError(f"{path}: {'is no model' if path.exists() else 'no such folder'}; expected is {known}")
 
 

@@ -16,7 +16,8 @@ from snell_dist.config import Plugin, UserError, check
 from snell_dist.formats import _peft_names, _separate, _transformers
 from snell_dist.methods import Method, adapted_layers
 from snell_dist.packed import plain
-from snell_dist.peft import SnellConfig, difference, fingerprint
+from snell_dist.peft import SnellConfig
+from snell_dist.peft.base import difference, fingerprint
 from snell_dist.run_config import Run
 
 
@@ -76,9 +77,9 @@ def read(folder: Path, config: Run, classes: int) -> Adopted:
 
 def _homes(state: Mapping[str, Tensor]) -> list[str]:
     endings = ".snell_a", ".lora_A.weight"
-    return [
+    return sorted(
         name.removeprefix(_peft_names.HOME).removesuffix(end) for name in state for end in endings if name.endswith(end)
-    ]
+    )
 
 
 def _transformers_names(

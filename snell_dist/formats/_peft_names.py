@@ -1,7 +1,7 @@
 """Our adapted layers as adapters of Hugging Face PEFT, and back: names, shapes and settings.
 
     blocks.0.attn.qkv.a [in, groups * rank]   <->  base_model.model.blocks.0.attn.qkv.snell_a, the very tensor
-    SNELL, SNELLA, MixK                       <->  SnellConfig (snell_dist/peft.py), as they are
+    SNELL, SNELLA, MixK                       <->  SnellConfig (snell_dist/peft), as they are
     LoRA of q, k, v, each with its a and b     ->  one LoRA of qkv: lora_A has the a's rows one above the other,
                                                    [groups * rank, in], lora_B is block-diagonal, [out, groups * rank]
 
@@ -29,7 +29,10 @@ from snell_dist.methods import adapted_layers
 from snell_dist.methods._kernel import KernelMethod
 from snell_dist.methods.lora import Lora
 from snell_dist.methods.snella import Snella
-from snell_dist.peft import FUSED, PREFIX, SCALARS, SnellConfig, by_name, fingerprint
+from snell_dist.peft import SnellConfig
+from snell_dist.peft.base import fingerprint
+from snell_dist.peft.config import FUSED, by_name
+from snell_dist.peft.layers import PREFIX, SCALARS
 from snell_dist.tensor_files import FOR_TORCH, read_tensors, write_tensors
 
 T = TypeVar("T")

@@ -70,6 +70,8 @@ def counterpart(backbone: Backbone, section: BackboneSection, classes: Sequence[
         if _lengths(theirs[each]) != _lengths(tensor):
             raise _none_for(backbone, f"{name} has {each} {list(theirs[each].shape)}, this model {list(tensor.shape)}")
     for each in theirs.keys() - shapes.keys() - {"mask_token"}:
+        if each.rpartition(".")[2] in weights.BUFFERS:
+            continue
         raise _none_for(backbone, f"{name} has {each}, this model has not")
     return Counterpart(name, config, weights.LAYOUTS[layout], shapes)
 

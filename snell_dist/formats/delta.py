@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snell_dist import dist, log
+from snell_dist import dist, log, weights
 from snell_dist.config import Plugin, UserError
 from snell_dist.config import check as check_section
 from snell_dist.delta import DELTA
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ABOUT = "one safetensors file: the entries that a sparse method changed, for a base that stays in memory"
 LIBRARY = "snell_dist"
+DENSE_BYTES = 4  # of an entry of the weight itself
 
 
 def check(run: Finished) -> None:
@@ -39,7 +40,7 @@ def check(run: Finished) -> None:
 
 def _sparsity(run: Finished) -> float:
     said = run.config.method.model_dump()
-    return max(said.get("sparsity", 0.0), said.get("target_sparsity", 0.0))
+    return max(said.get("sparsity", 0.0), (said.get("allocator") or {}).get("target_sparsity", 0.0))
 
 
 def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
@@ -50,6 +51,10 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
     family = run.config.backbone
     folded = Folded(run)
     entries = {family.library_name(name): Entries.of(tensor) for name, tensor in folded.deltas()}
+    total = sum(e.numel for e in entries.values())
+    if total and sum(e.nbytes for e in entries.values()) >= total * DENSE_BYTES:
+        kept = sum(len(e.values) for e in entries.values()) / total
+        raise UserError(f"--format delta: {run.folder}: {kept:.0%} of the entries change: choose timm or open_clip")
     whole = {family.library_name(name): run.tensors[name] for name in folded.shapes if name in run.tensors}
     renamed = {theirs: name for name in folded.shapes if (theirs := family.library_name(name)) != name}
     about = {
@@ -70,7 +75,6 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
         about=about,
     )
     delta.write(folder / DELTA, made, dtype)
-    total = sum(e.numel for e in entries.values())
     bitmaps = sum(e.as_bitmap for e in entries.values())
     share = f"{made.count / total:.1%} of {total:,} entries in {len(entries)} weights" if total else "no weight"
     size = (folder / DELTA).stat().st_size / 2**20
@@ -105,7 +109,7 @@ def load(folder: Path) -> Served:
     made = delta.read(folder / DELTA)
     said: Any = made.about
     family, task = _section("backbones", said["backbone"]), _section("tasks", said["task"])
-    if family.weights and _gone(family.weights):
+    if family.weights and weights.is_gone(family.weights):
         raise UserError(f"{folder / DELTA}: its base {family.weights} is not where it was (seen from {Path.cwd()})")
     dist.seed_everything(said["seed"])  # of what no file fills
     built = task.build(family, made.classes)
@@ -124,12 +128,6 @@ def load(folder: Path) -> Served:
 
 def _section(folder: str, said: dict[str, Any]) -> Any:
     return check_section(said, Plugin(folder).find(said["name"]))
-
-
-def _gone(weights: str) -> bool:
-    from snell_dist.weights import is_source
-
-    return is_source(weights) and not weights.startswith("hub:") and not Path(weights).expanduser().exists()
 
 
 def _plain(family: Any, ours: nn.Module, classes: int) -> nn.Module:

@@ -77,8 +77,7 @@ def _write_tokenizer(folder: Path, section: BackboneSection) -> None:
     write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     said = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": ours.context_length, "do_lower_case": True,
-        "bos_token": START,
-        "eos_token": END, "unk_token": END, "pad_token": END,
+        "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
     }  # fmt: skip
     write_atomic(folder / "tokenizer_config.json", json.dumps(said, indent=2))
 
@@ -123,6 +122,7 @@ class _Processed:
 
 def load(folder: Path) -> Served:
     """UserError where Transformers fills in what the files lack."""
+    from snell_dist import weights
     from snell_dist.data._transforms import Prepare
     from snell_dist.formats import Served
 
@@ -130,8 +130,9 @@ def load(folder: Path) -> Served:
     name = _json.read(folder / CONFIG)["architectures"][0]
     model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise UserError(f"{folder}: {name} has {kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))}")
+        odd = [str(key) for key in report[kind] if not str(key).endswith(weights.BUFFERS)]
+        if odd:
+            raise UserError(f"{folder}: {name} has {kind.replace('_', ' ')}: {', '.join(odd)}")
     model = model.float().eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     said, told = model.config, _zero_shot.read(folder)

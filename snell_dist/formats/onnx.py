@@ -59,6 +59,9 @@ def write(run: Finished, folder: Path, dtype: torch.dtype) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
         )  # fmt: skip
     assert program is not None
+    shape = program.model.graph.inputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        raise UserError(f"--format onnx: {run.folder}: its graph would be of {len(images)} images and no other number")
     program.model.metadata_props.update(
         {"classes": json.dumps(run.classes), "preprocessing": json.dumps(asdict(run.preprocessing))}
     )

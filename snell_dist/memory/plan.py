@@ -278,7 +278,9 @@ def _reason(choice: Option, options: Sequence[Option], fitting: Sequence[Option]
     if choice.engine.name == "ddp" and choice.remat.policy == "none":
         sharded = [o for o in fitting if o.engine.shards and o.remat.policy == "none" and not o.share.host_bytes]
         if machine.gpus == 1 or not sharded:
-            return f"it fits as it is, with {in_words(room)} to spare; nothing needs dividing or recomputing"
+            size, plain = choice.micro_batch_size, choice.micro_batch_size == options[0].micro_batch_size
+            how = "it fits as it is" if plain else f"{size} image{'s' * (size > 1)} at a time fit"
+            return f"{how}, with {in_words(room)} to spare; nothing needs dividing or recomputing"
         best = min(sharded, key=lambda option: option.bytes)
         more = best.share.wire_bytes / max(choice.share.wire_bytes, 1)
         return (

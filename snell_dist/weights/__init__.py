@@ -27,9 +27,9 @@ from torch import Tensor
 
 from snell_dist.config import UserError, first_line
 from snell_dist.weights import _files, _unwrap
-from snell_dist.weights._fit import KEY, Report, fit, fitted
+from snell_dist.weights._fit import BUFFERS, KEY, Report, fit, fitted
 
-__all__ = ["KEY", "LAYOUTS", "Published", "Report", "fit", "fitted", "is_source", "read"]
+__all__ = ["BUFFERS", "KEY", "LAYOUTS", "Published", "Report", "fit", "fitted", "is_gone", "is_source", "read"]
 
 _FOUND = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 LAYOUTS: dict[str, Any] = {
@@ -49,6 +49,11 @@ class Published:
 def is_source(text: str) -> bool:
     """Whether this means a file, a folder or a place on the hub, and not a tag that a library knows."""
     return _files.on_hub(text) or "/" in text or "." in text or Path(text).exists()
+
+
+def is_gone(text: str) -> bool:
+    """Whether this means a file or a folder of this machine that is not there."""
+    return is_source(text) and not _files.on_hub(text) and not Path(text).expanduser().exists()
 
 
 def read(source: str | Path, key: str = KEY) -> Published:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ENVIRONMENT, ROOT
+
+from snell_dist.cli import main
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 FILE = re.compile(r"# (\S+\.(?:yaml|py))\n")
@@ -48,29 +52,57 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, text.count("\n", 0, f.start()) + 1, f[1], f[2]) for f in FENCE.finditer(text)]
 
 
-def carry_out(page: Path, folder: Path, package: Path = ROOT) -> None:
+def carry_out(page: Path, folder: Path, package: Path | None = None) -> None:
     """Runs a page's blocks in order, in one folder: bash and python; one that begins with a file's name is that file.
 
     A block of text says what the block before it prints: its lines, in their order, whatever their numbers; what
-    stands beside `...` is not looked at. package: where snell_dist is.
+    stands beside `...` is not looked at. package: another place of snell_dist; then every block is a process of its
+    own, and else only what needs a shell is.
     """
     said = None
     for block in blocks(page):
         if block.file:
             (folder / block.file).write_text(block.text)
+        elif block.language == "bash" and package:
+            said = _process(["bash", "-euo", "pipefail", "-c", block.text], block, folder, package)
         elif block.language == "bash":
-            said = _output(["bash", "-euo", "pipefail", "-c", block.text], block, folder, package)
+            lines = block.text.replace("\\\n", " ").splitlines()
+            said = "".join(_line(line, block, folder) for line in lines)
         elif block.language == "python":
-            said = _output([sys.executable, "-c", block.text], block, folder, package)
+            said = _here(lambda text=block.text: exec(text, {}), folder)
         elif block.language == "text" and said is not None:
             _compare(block, said)
             said = None
 
 
-def _output(command: list[str], block: Block, folder: Path, package: Path) -> str:
+def _line(line: str, block: Block, folder: Path) -> str:
+    """What one line of a shell prints."""
+    words = shlex.split(line, comments=True)
+    if words[0] != "snell" or set(words) & set(ENDS):
+        return _process(["bash", "-euo", "pipefail", "-c", line], block, folder, ROOT)
+
+    def typed() -> None:
+        assert main(words[1:]) == 0, f"{block}: {line}"
+
+    return _here(typed, folder)
+
+
+def _here(call: Callable[[], object], folder: Path) -> str:
+    """What a call in this process prints, which has imported most of what is needed."""
+    out, before = io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(out), redirect_stderr(out):
+            call()
+    finally:
+        os.chdir(before)
+    return out.getvalue()
+
+
+def _process(command: list[str | Path], block: Block, folder: Path, package: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"},
+        command, cwd=folder, env=ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(package)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
@@ -91,7 +123,7 @@ def _masked(line: str) -> str:
 def commands(page: Path) -> Iterator[tuple[Block, list[str]]]:
     """Every command of `snell` on a page, as words."""
     for block in blocks(page):
-        if block.language != "bash":
+        if block.language not in ("bash", "sh"):  # sh: what is not carried out, since it takes another machine
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

@@ -1,5 +1,6 @@
 """The pages say what is so: what they tell readers to type is carried out, or at least understood."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def test_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert not [page for page in (tmp_path / "html").rglob("*.html") if 'src="http' in page.read_text()], (
         "a page loads from elsewhere"
     )
+
+
+def test_readme_points_at_what_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    assert not [link for link in links if not (ROOT / link).exists()]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())

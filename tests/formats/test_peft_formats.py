@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import snell
 from finished_runs import finish
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from snell_dist import formats, imported
 from snell_dist.adapter import ADAPTER
+from snell_dist.cli import main
 from snell_dist.config import Plugin, UserError, load
 from snell_dist.peft import SnellConfig
 from snell_dist.run_config import Run
@@ -97,17 +97,16 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     refused("choose peft_hf, for Transformers' CLIP", "clip", SNELL)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path / "run", "vit", SNELL)
     formats.export(run, "peft_hf", tmp_path / "there")
-    done = snell("import", tmp_path / "there", run / "config.yaml", "--to", tmp_path / "back")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("test accuracy 0.")
+    command = ["import", *map(str, (tmp_path / "there", run / "config.yaml", "--to", tmp_path / "back"))]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("test accuracy 0.")
     assert json.loads((tmp_path / "back" / "run.json").read_text())[0]["imported"] == str(tmp_path / "there")
-    again = snell("import", tmp_path / "there", run / "config.yaml", "--to", tmp_path / "back")
-    assert again.returncode == 2
-    assert "exists and stays as it is" in again.stderr
-    assert len(again.stderr.splitlines()) == 1
+    assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"snell: --to {tmp_path / 'back'}: exists and stays as it is; choose another name"]
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
