@@ -27,8 +27,17 @@ pytest_plugins = ["cluster"]  # in tests/launch: machines, Slurm and ssh
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What may take longest begins first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+    """What may take longest begins first, so that no worker ends alone with it; groups keep their order."""
+
+    def group(item: pytest.Item) -> str:
+        mark = item.get_closest_marker("xdist_group")
+        return mark.args[0] if mark else item.nodeid
+
+    longest: dict[str, float] = {}
+    for item in items:
+        allowed = max((mark.args[0] for mark in item.iter_markers("timeout")), default=0)
+        longest[group(item)] = max(longest.get(group(item), 0), allowed)
+    items.sort(key=lambda item: -longest[group(item)])
 
 
 # Small enough for a second on one core; everything else as in configs/demo.yaml.

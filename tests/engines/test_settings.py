@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -76,3 +77,9 @@ def test_a_missing_or_broken_deepspeed_is_refused(tmp_path: Path, monkeypatch: p
     assert "engine.stage = 3: DeepSpeed 0.19.2 fails on frozen parameters in recomputed blocks" in message
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "engine.name = 'zero': needs DeepSpeed: pip install 'snell_dist[deepspeed]'" in said(tmp_path, *ZERO)
+
+
+def test_deepspeed_without_a_launcher_leaves_no_sign_of_one(tmp_path: Path) -> None:
+    """accelerate would join a group of ranks that are not there."""
+    train(tmp_path, "engine.name=zero", "engine.stage=1")
+    assert "LOCAL_RANK" not in os.environ
