@@ -110,10 +110,6 @@ class Zero(EngineSection):
             raise ConfigError(Problem("optim.ema_decay", message, optim.ema_decay))
 
     def prepare(self, work: Work) -> Engine:
-        with _local_rank():
-            return self._prepare(work)
-
-    def _prepare(self, work: Work) -> Engine:
         if work.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides by it when it is imported
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
@@ -127,6 +123,7 @@ class Zero(EngineSection):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._check(work, deepspeed.__version__)
         meeting.ensure_group(work.device)
+        _be_launched()
         # Sums of inference on CPUs, which nothing here calls: not to be compiled, silently and for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # What NVMe needs is compiled with ninja, and anew where another version of it did: that of our environment,
@@ -415,16 +412,17 @@ def _gathered(layer: list[Weight]) -> int:
     return total(layer) * (1 if len(layer) == 1 else 2)
 
 
-@contextmanager
-def _local_rank() -> Iterator[None]:
-    """DeepSpeed asks for it where no launcher ran, too; what comes after would take it for a launcher's."""
-    launched = "LOCAL_RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        yield
-    finally:
-        if not launched:
-            del os.environ["LOCAL_RANK"]
+def _be_launched() -> None:
+    """DeepSpeed asks for LOCAL_RANK where no launcher ran, too, even in a step; what comes after the run would take it
+    for a launcher's.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+        meeting.at_end(_be_alone)
+
+
+def _be_alone() -> None:
+    os.environ.pop("LOCAL_RANK", None)
 
 
 class ZeroEngine:
