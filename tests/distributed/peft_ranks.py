@@ -1,6 +1,7 @@
 """A PEFT user's training script under accelerate: `torchrun peft_ranks.py FOLDER` trains by DDP, then by FSDP2.
 
-Each writes its adapter to FOLDER/WAY. `train` alone is one process that sees all of every batch.
+Each writes its adapter to FOLDER/WAY; each rank, how many parameters it holds and there are, to FOLDER/WAY_RANK.held.
+`train` alone is one process that sees all of every batch.
 """
 
 import sys
@@ -70,7 +71,8 @@ def main(folder: Path) -> None:
             accelerator.state.fsdp_plugin = plugin
         model = train(accelerator, folder / way, checkpointing=way == "fsdp")
         here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-        print(f"{way} {accelerator.process_index} {here} {sum(p.numel() for p in model.parameters())}")
+        held = f"{here} {sum(p.numel() for p in model.parameters())}"
+        (folder / f"{way}_{accelerator.process_index}.held").write_text(held)  # lines of two ranks may run together
 
 
 if __name__ == "__main__":
