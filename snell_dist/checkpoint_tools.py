@@ -19,7 +19,7 @@ from torch import Tensor
 from snell_dist import adapter, log, tensor_files, weights
 from snell_dist.checkpoint import FOLDER, LATEST, META, NAME, Checkpoint, opened
 from snell_dist.config import UserError, first_line, nearest
-from snell_dist.files import new_folder
+from snell_dist.files import check_new, new_folder
 
 EXPECTED = f"expected is a run folder, which has {FOLDER}/step_<number>, or one such step"
 DEEPSPEED = f"expected is what DeepSpeed's save_checkpoint wrote, which has `{LATEST}` and global_step<number>"
@@ -245,7 +245,7 @@ def export(path: Path, to: Path, ema: bool) -> Checkpoint:
 
     UserError where the file exists, where nothing is whole, or, with `ema`, where there is no moving average.
     """
-    _check_new(to)
+    check_new(to)
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}; make it first")
     one = _newest_whole(path)
@@ -279,11 +279,6 @@ def _newest_whole(path: Path) -> Checkpoint:
     raise UserError(f"{verdicts[0]}; {others}")
 
 
-def _check_new(to: Path) -> None:
-    if os.path.lexists(to):
-        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
-
-
 @dataclass(frozen=True)
 class Converted:
     """`layout`: what `backbone.weights` takes the file for, or why it does not."""
@@ -299,7 +294,7 @@ def convert(folder: Path, to: Path, trust: bool) -> Converted:
     DeepSpeed's converter unpickles, which runs what is in the files: UserError without `trust`.
     """
     root, tag = _deepspeed(folder)
-    _check_new(to)
+    check_new(to)
     if not trust:
         risk = "DeepSpeed's files are pickles, and its converter runs what is in them"
         raise UserError(f"{folder}: {risk}; add --trust where you know who wrote them")

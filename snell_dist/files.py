@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from snell_dist.config import UserError
+
 
 def write_atomic(file: Path, content: str | bytes) -> None:
     """The whole new content or the old one, whatever happens meanwhile."""
@@ -23,6 +25,12 @@ def write_atomic(file: Path, content: str | bytes) -> None:
     except OSError as error:
         error.filename = error.filename or str(file)  # what a full disk raises has none
         raise
+
+
+def check_new(to: Path) -> None:
+    """UserError where what `--to` names is there already."""
+    if os.path.lexists(to):
+        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from snell_dist.config import UserError, first_line, trouble
-from snell_dist.files import new_folder, sha256, write_atomic
+from snell_dist.files import check_new, new_folder, sha256, write_atomic
 
 ALLOWED = ".safetensors", ".onnx", ".onnx.data", ".json", ".md", ".yaml", ".yml", ".txt"
 PICKLES = ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".h5", ".msgpack"
@@ -87,8 +87,7 @@ def pull(repository: str, to: Path) -> Pulled:
     repository is not there, has its weights in pickles alone, or a file is not what the hub says it is.
     """
     repo, revision = _parsed(repository)
-    if to.exists():
-        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
+    check_new(to)
     with _said(repository):
         from huggingface_hub import HfApi
 

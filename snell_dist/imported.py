@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from snell_dist import job, log
 from snell_dist.config import Loaded, UserError, check
+from snell_dist.files import check_new
 from snell_dist.run_config import Run
 from snell_dist.train import Outcome
 
@@ -24,8 +25,7 @@ def bring(loaded: Loaded[Run], folder: Path, to: Path, out: Path) -> Outcome:
 
     UserError where the adapter is of another model, another base or other classes.
     """
-    if to.exists():
-        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
+    check_new(to)
     try:
         from snell_dist.formats import _adopted
     except ImportError as error:

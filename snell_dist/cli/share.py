@@ -20,7 +20,9 @@ def add(commands: Commands) -> None:
         help="a finished run in the files of timm, open_clip, transformers, PEFT, ONNX; or its sparse delta alone",
         description="Writes a finished run in another library's format, and compares what that library makes of it.",
     )
-    exported.add_argument("--format", required=True, metavar="FORMAT", help="timm, open_clip, hf, onnx, peft or delta")
+    exported.add_argument(
+        "--format", required=True, metavar="FORMAT", help="timm, open_clip, hf, onnx, peft, peft_hf, delta"
+    )
     for verb in (merged, exported):
         verb.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
         verb.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")

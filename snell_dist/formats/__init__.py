@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from snell_dist import card, finished, log
 from snell_dist.config import UserError, nearest
-from snell_dist.files import new_folder
+from snell_dist.files import check_new, new_folder
 from snell_dist.finished import Finished
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def export(folder: Path, name: str, to: Path, dtype: str = "float32", proven: bo
     UserError where the run is not complete, the format cannot hold it, `to` exists, or the proof fails.
     """
     format = find(name)
-    if to.exists():
-        raise UserError(f"--to {to}: exists and stays as it is; choose another name")
+    check_new(to)
     run = _read(folder)
     format.check(run)
     with new_folder(to) as place:
